@@ -1,0 +1,10 @@
+"""The interchangeable encoders of the pixel decoder, by their name in the configuration.
+
+Each takes and gives a list of (batch, channels, height, width) maps, coarse to fine.
+"""
+
+from .encoder_mask2former import Mask2FormerEncoder
+from .encoder_proscale import ProScaleEncoder
+
+
+ENCODER_CLASSES = {"proscale": ProScaleEncoder, "mask2former": Mask2FormerEncoder}

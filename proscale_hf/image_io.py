@@ -1,0 +1,139 @@
+"""Photographs in, pictures out: reading any common image as 8-bit RGB, and writing files whole or not at all."""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+PICTURE_FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
+
+
+def load_image(path: str | os.PathLike) -> Image.Image:
+    """Reads an image file as an upright 8-bit RGB picture.
+
+    The EXIF orientation is applied, transparency is laid over white, 16-bit values are brought to 8 bits,
+    and of an animation the first frame is taken.
+
+    Args:
+        path: an image file in any format Pillow reads.
+
+    Returns:
+        The picture, mode "RGB".
+
+    Raises:
+        ValueError: there is no such file, or it is not an image, is damaged, or has too many pixels; the message
+            is one line that says what to do.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give one image file")
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; check the path")
+    try:
+        if path.stat().st_size == 0:
+            raise ValueError(f"{path} is empty (0 bytes); copy or download it again")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # e.g. odd metadata; what matters is whether the pixels can be read
+            with Image.open(path) as image:
+                image.load()
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not an image that Pillow can read; give a PNG, JPEG, WebP or TIFF file") from None
+    except Image.DecompressionBombError:
+        limit = 2 * Image.MAX_IMAGE_PIXELS // 1_000_000
+        raise ValueError(f"{path} has more than {limit} million pixels; make it smaller first") from None
+    except PermissionError:
+        raise ValueError(f"{path} may not be read; check its permissions") from None
+    except (OSError, SyntaxError, EOFError, IndexError, OverflowError, ArithmeticError) as error:
+        # What Pillow's decoders raise on damaged data depends on the format.
+        raise ValueError(f"{path} is damaged ({one_line(error)}); copy or download it again") from error
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Finds out before a long computation whether a file can be written to `path`.
+
+    Raises:
+        ValueError: it cannot; the message says why.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a file name to write to")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file; give another name to write to")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} to write {path.name} into; create it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"the folder {path.parent} may not be written to; choose another place for {path.name}")
+
+
+def check_picture_name(path: str | os.PathLike) -> None:
+    """Raises a ValueError that lists the known endings when `path` does not end in one of `PICTURE_FORMATS`."""
+    if Path(path).suffix.lower() not in PICTURE_FORMATS:
+        raise ValueError(f"cannot tell the picture format of {path}; end its name in {', '.join(PICTURE_FORMATS)}")
+
+
+def save_image(image: Image.Image, path: str | os.PathLike) -> None:
+    """Writes a picture in the format its name ends in, whole or not at all.
+
+    Raises:
+        ValueError: the name's ending is unknown, or the picture cannot be written.
+    """
+    check_picture_name(path)
+    file_format = PICTURE_FORMATS[Path(path).suffix.lower()]
+    write_whole(path, lambda file: image.save(file, format=file_format))
+
+
+def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
+    """Calls `write` on a temporary file beside `path`, then renames it, so that no half-written file can be left.
+
+    Args:
+        path: where the finished file goes; a file of that name is replaced.
+        write: puts the content into the binary file it is given.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    target = Path(os.path.realpath(path))  # a link stays a link, its target is what is replaced
+    temporary = target.with_name(f".{target.name[:100]}.{os.getpid()}.partial")
+    try:
+        with open(temporary, "xb") as file:
+            write(file)
+        os.replace(temporary, target)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot write {path}: {one_line(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        pixels = np.asarray(image, dtype=np.uint16)
+        image = Image.fromarray((pixels / 257).round().astype(np.uint8))
+    elif image.mode in ("I", "F"):  # no fixed range: spread what is there over black to white
+        pixels = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
+        spread = np.ptp(pixels) or 1.0
+        image = Image.fromarray(((pixels - pixels.min()) / spread * 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")

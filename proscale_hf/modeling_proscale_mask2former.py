@@ -1,0 +1,469 @@
+"""PRO-SCALE on the Mask2Former architecture, as a Transformers model (https://arxiv.org/abs/2404.14657).
+
+pixels -> pixel-level module { backbone -> pixel decoder } -> mask decoder -> class and mask logits. What varies, the
+encoder, stands in files of its own; see `encoders.py`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.backbone_utils import load_backbone
+from transformers.utils import ModelOutput
+
+from .configuration_proscale_mask2former import ProScaleMask2FormerConfig
+from .losses import UniversalSegmentationLoss
+from .mask_decoder import MaskDecoder, MaskedCrossAttention, MaskEmbedderLinear, predict_masks
+from .ms_deform_attn import AttentionLogits, SamplingOffsets
+from .pixel_decoder import PixelDecoder
+
+
+@dataclass
+class ProScaleMask2FormerModelOutput(ModelOutput):
+    """Output of [`ProScaleMask2FormerModel`].
+
+    Attributes:
+        transformer_decoder_last_hidden_state: (batch, queries, hidden_dim), the queries after the last layer.
+        pixel_decoder_last_hidden_state: (batch, mask_feature_size, height / 4, width / 4), the per-pixel embedding.
+        encoder_last_hidden_state: (batch, channels, height / 32, width / 32), the backbone's coarsest map.
+        masks_queries_logits: (batch, queries, height / 4, width / 4), masks of the last prediction.
+        encoder_hidden_states: the backbone's maps, fine to coarse; with `output_hidden_states`.
+        pixel_decoder_hidden_states: the enhanced maps, coarse to fine; with `output_hidden_states`.
+        transformer_decoder_hidden_states: the queries before the first and after each layer, (batch, queries,
+            hidden_dim) each; with `output_hidden_states`.
+        query_states: the normalised queries behind each prediction, first to last; with `output_predictions`.
+        mask_embeddings: what gives each prediction's masks; with `output_predictions`.
+        attentions: self-attention weights per layer, (batch, heads, queries, queries); with `output_attentions`.
+        cross_attentions: cross-attention weights per layer, (batch, heads, queries, tokens); with `output_attentions`.
+    """
+
+    transformer_decoder_last_hidden_state: torch.Tensor | None = None
+    pixel_decoder_last_hidden_state: torch.Tensor | None = None
+    encoder_last_hidden_state: torch.Tensor | None = None
+    masks_queries_logits: torch.Tensor | None = None
+    encoder_hidden_states: tuple[torch.Tensor, ...] | None = None
+    pixel_decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
+    transformer_decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
+    query_states: tuple[torch.Tensor, ...] | None = None
+    mask_embeddings: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class ProScaleMask2FormerForUniversalSegmentationOutput(ModelOutput):
+    """Output of [`ProScaleMask2FormerForUniversalSegmentation`]; the image processor's `post_process_*` methods take it.
+
+    Attributes:
+        loss: scalar, with labels.
+        class_queries_logits: (batch, queries, num_labels + 1), the last entry is "no object".
+        masks_queries_logits: (batch, queries, height / 4, width / 4).
+        image_sizes: (batch, 2) int64, true height and width of each image in the padded batch; with `pixel_mask`.
+        loss_dict: the loss's unweighted terms; with labels.
+        auxiliary_logits: the earlier predictions, first to last, as dicts with `class_queries_logits` and
+            `masks_queries_logits`; with `output_auxiliary_logits`.
+        encoder_last_hidden_state: as in [`ProScaleMask2FormerModelOutput`], and so are the following.
+        pixel_decoder_last_hidden_state: see there.
+        transformer_decoder_last_hidden_state: see there.
+        encoder_hidden_states: see there.
+        pixel_decoder_hidden_states: see there.
+        transformer_decoder_hidden_states: see there.
+        attentions: see there.
+        cross_attentions: see there.
+    """
+
+    loss: torch.Tensor | None = None
+    class_queries_logits: torch.Tensor | None = None
+    masks_queries_logits: torch.Tensor | None = None
+    image_sizes: torch.Tensor | None = None
+    loss_dict: dict[str, torch.Tensor] | None = None
+    auxiliary_logits: list[dict[str, torch.Tensor]] | None = None
+    encoder_last_hidden_state: torch.Tensor | None = None
+    pixel_decoder_last_hidden_state: torch.Tensor | None = None
+    transformer_decoder_last_hidden_state: torch.Tensor | None = None
+    encoder_hidden_states: tuple[torch.Tensor, ...] | None = None
+    pixel_decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
+    transformer_decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class PixelLevelModuleOutput(ModelOutput):
+    """
+    Attributes:
+        backbone_maps: (batch, channels, height, width) each, fine to coarse.
+        multi_scale_features: (batch, feature_size, height, width) each, coarse to fine.
+        mask_features: (batch, mask_feature_size, height / 4, width / 4).
+    """
+
+    backbone_maps: tuple[torch.Tensor, ...] | None = None
+    multi_scale_features: tuple[torch.Tensor, ...] | None = None
+    mask_features: torch.Tensor | None = None
+
+
+class PixelLevelModule(nn.Module):
+    """Backbone and pixel decoder.
+
+    Args:
+        config: the model's configuration.
+    """
+
+    def __init__(self, config: ProScaleMask2FormerConfig):
+        super().__init__()
+        self.strides = tuple(config.feature_strides)
+        self.encoder = load_backbone(config)
+        if len(self.encoder.channels) != len(self.strides):
+            raise ValueError(
+                f"The backbone gives {len(self.encoder.channels)} feature maps, but `feature_strides` names "
+                f"{len(self.strides)}: set `out_features` or `out_indices` in `backbone_config`."
+            )
+        self.decoder = PixelDecoder(config, self.encoder.channels)
+        self.frozen_norms = (
+            [module for module in self.encoder.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+            if config.freeze_backbone_batch_norm
+            else []
+        )
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "PixelLevelModule":
+        """Frozen batch norms stay in evaluation mode and without gradient (loading weights replaces parameters)."""
+        super().train(mode)
+        for norm in self.frozen_norms:
+            norm.eval().requires_grad_(False)
+        return self
+
+    def forward(
+        self, pixel_values: torch.Tensor, padded_sizes: list[tuple[int, int]] | None = None
+    ) -> PixelLevelModuleOutput:
+        """
+        Args:
+            pixel_values: (batch, channels, height, width).
+            padded_sizes: (height, width) that each image would be padded to if it were alone. Images are then
+                processed at that size, those of one size together, so that nothing depends on the batch's padding.
+
+        Returns:
+            Maps of the whole batch. Beyond an image's own size they hold zeros, but for the per-pixel embedding:
+            there the border repeats, so that resizing the masks sees an edge where the image alone has its edge.
+        """
+        height, width = pixel_values.shape[-2:]
+        if padded_sizes is None or set(padded_sizes) == {(height, width)}:
+            return self.run(pixel_values)
+
+        order, outputs = [], []
+        for size in sorted(set(padded_sizes)):
+            members = [i for i, other in enumerate(padded_sizes) if other == size]
+            order.extend(members)
+            outputs.append(self.run(pixel_values[members, :, : size[0], : size[1]]))
+        place = torch.tensor(order, device=pixel_values.device).argsort()
+
+        def batched(maps: list[torch.Tensor], stride: int, mode: str = "constant") -> torch.Tensor:
+            target = math.ceil(height / stride), math.ceil(width / stride)
+            return torch.cat([pad_map(feature_map, target, mode) for feature_map in maps])[place]
+
+        coarse_to_fine = self.strides[:0:-1]
+        return PixelLevelModuleOutput(
+            backbone_maps=tuple(map(batched, zip(*(o.backbone_maps for o in outputs)), self.strides)),
+            multi_scale_features=tuple(
+                map(batched, zip(*(o.multi_scale_features for o in outputs)), coarse_to_fine)
+            ),
+            mask_features=batched([o.mask_features for o in outputs], self.strides[0], mode="replicate"),
+        )
+
+    def run(self, pixel_values: torch.Tensor) -> PixelLevelModuleOutput:
+        """Backbone and pixel decoder for images of one size."""
+        backbone_maps = tuple(self.encoder(pixel_values).feature_maps)
+        decoded = self.decoder(backbone_maps)
+        return PixelLevelModuleOutput(backbone_maps, decoded.multi_scale_features, decoded.mask_features)
+
+
+def pad_map(feature_map: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
+    """Pad a (batch, channels, height, width) map at the bottom and right to `size`."""
+    height, width = feature_map.shape[-2:]
+    return nn.functional.pad(feature_map, (0, size[1] - width, 0, size[0] - height), mode=mode)
+
+
+class ProScaleMask2FormerPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, loading and saving, common to the models here."""
+
+    config_class = ProScaleMask2FormerConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["DeformableEncoderLayer", "MaskedAttentionLayer"]  # noqa: RUF012 - as transformers has it
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Each case is a module that holds parameters itself: outside of transformers' own package those without are
+        # passed over.
+        if isinstance(module, SamplingOffsets):
+            module.reset_parameters_to_ring()
+        elif isinstance(module, AttentionLogits):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, MaskEmbedderLinear):
+            bound = 1 / math.sqrt(module.in_features)
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, ClassPredictor):
+            init.normal_(module.weight, std=self.config.init_std)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight, gain=self.config.init_xavier_std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, MaskedCrossAttention):
+            init.xavier_uniform_(module.in_proj_weight, gain=self.config.init_xavier_std)
+            init.zeros_(module.in_proj_bias)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=1)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+        elif isinstance(module, PixelDecoder):
+            init.normal_(module.level_embed)
+        elif isinstance(module, UniversalSegmentationLoss):
+            init.copy_(module.empty_weight, module.initial_empty_weight())
+        else:
+            super()._init_weights(module)
+
+
+class ClassPredictor(nn.Linear):
+    """Class logits of a query, the last one "no object"."""
+
+
+class ProScaleMask2FormerModel(ProScaleMask2FormerPreTrainedModel):
+    """Backbone, pixel decoder and mask decoder, without the classification head.
+
+    Args:
+        config: the model's configuration.
+    """
+
+    def __init__(self, config: ProScaleMask2FormerConfig):
+        super().__init__(config)
+        self.pixel_level_module = PixelLevelModule(config)
+        self.transformer_module = MaskDecoder(config)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_mask: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_predictions: bool = False,
+        return_dict: bool | None = None,
+    ) -> ProScaleMask2FormerModelOutput | tuple:
+        """
+        Args:
+            pixel_values: (batch, channels, height, width), normalised.
+            pixel_mask: (batch, height, width), 1 = image, 0 = padding at the bottom and right; read if
+                `config.mask_padding`.
+            output_hidden_states: return all hidden states; default from the configuration.
+            output_attentions: return the mask decoder's attention weights; default from the configuration.
+            output_predictions: return what the heads need for the earlier predictions too.
+            return_dict: a [`ProScaleMask2FormerModelOutput`] rather than a tuple; default from the configuration.
+
+        Returns:
+            [`ProScaleMask2FormerModelOutput`], or its fields that are not None as a tuple.
+
+        Raises:
+            ValueError: empty batch or sizes that do not agree.
+        """
+        config = self.config
+        output_hidden_states = (
+            config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        return_dict = config.return_dict if return_dict is None else return_dict
+        check_pixels(pixel_values, pixel_mask)
+
+        padded_sizes, valid_sizes = None, None
+        if pixel_mask is not None and config.mask_padding:
+            valid_sizes = self.sizes_alone(pixel_mask)
+            # A compiled graph cannot depend on the sizes' values: there the pixel level sees the padding as image.
+            if not torch.compiler.is_compiling():
+                padded_sizes = [tuple(size) for size in valid_sizes.tolist()]
+        pixels = self.pixel_level_module(pixel_values.to(self.dtype), padded_sizes)
+        decoded = self.transformer_module(
+            pixels.multi_scale_features,
+            pixels.mask_features,
+            None if valid_sizes is None else [-(-valid_sizes // stride) for stride in config.encoder_strides],
+            output_attentions,
+        )
+        output = ProScaleMask2FormerModelOutput(
+            transformer_decoder_last_hidden_state=decoded.query_states[-1],
+            pixel_decoder_last_hidden_state=pixels.mask_features,
+            encoder_last_hidden_state=pixels.backbone_maps[-1],
+            masks_queries_logits=predict_masks(decoded.mask_embeddings[-1][None], pixels.mask_features)[0],
+            encoder_hidden_states=pixels.backbone_maps if output_hidden_states else None,
+            pixel_decoder_hidden_states=pixels.multi_scale_features if output_hidden_states else None,
+            transformer_decoder_hidden_states=decoded.hidden_states if output_hidden_states else None,
+            query_states=decoded.query_states if output_predictions else None,
+            mask_embeddings=decoded.mask_embeddings if output_predictions else None,
+            attentions=decoded.attentions,
+            cross_attentions=decoded.cross_attentions,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def sizes_alone(self, pixel_mask: torch.Tensor) -> torch.Tensor:
+        """(batch, 2): height and width each image would be padded to if it were alone, at most the batch's."""
+        largest_stride = self.config.feature_strides[-1]
+        whole = torch.tensor(pixel_mask.shape[-2:], device=pixel_mask.device)
+        sizes = true_image_sizes(pixel_mask)
+        return torch.minimum(-(-sizes // largest_stride) * largest_stride, whole)
+
+
+class ProScaleMask2FormerForUniversalSegmentation(ProScaleMask2FormerPreTrainedModel):
+    """The model with heads for panoptic, instance and semantic segmentation.
+
+    Args:
+        config: the model's configuration.
+    """
+
+    def __init__(self, config: ProScaleMask2FormerConfig):
+        super().__init__(config)
+        self.model = ProScaleMask2FormerModel(config)
+        self.class_predictor = ClassPredictor(config.hidden_dim, config.num_labels + 1)
+        self.criterion = UniversalSegmentationLoss(config)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        mask_labels: list[torch.Tensor] | None = None,
+        class_labels: list[torch.Tensor] | None = None,
+        pixel_mask: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_auxiliary_logits: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> ProScaleMask2FormerForUniversalSegmentationOutput | tuple:
+        """
+        Args:
+            pixel_values: (batch, channels, height, width), normalised.
+            mask_labels: per image (objects, height, width) at the size of the padded batch; 1 = object, 0 = not,
+                `config.ignore_value` = void.
+            class_labels: per image (objects,) int64.
+            pixel_mask: (batch, height, width), 1 = image, 0 = padding at the bottom and right.
+            output_hidden_states: return all hidden states; default from the configuration.
+            output_auxiliary_logits: return the earlier predictions; default from the configuration.
+            output_attentions: return the mask decoder's attention weights; default from the configuration.
+            return_dict: a dataclass rather than a tuple; default from the configuration.
+
+        Returns:
+            [`ProScaleMask2FormerForUniversalSegmentationOutput`], or its fields that are not None as a tuple.
+
+        Raises:
+            ValueError: empty batch, sizes that do not agree, labels that cannot be right.
+        """
+        config = self.config
+        return_dict = config.return_dict if return_dict is None else return_dict
+        if output_auxiliary_logits is None:
+            output_auxiliary_logits = config.output_auxiliary_logits
+        if (mask_labels is None) != (class_labels is None):
+            raise ValueError("`mask_labels` and `class_labels` belong together: give both or neither.")
+        train_all = mask_labels is not None and config.use_auxiliary_loss
+
+        outputs = self.model(
+            pixel_values,
+            pixel_mask,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            output_predictions=train_all or output_auxiliary_logits,
+            return_dict=True,
+        )
+        if train_all or output_auxiliary_logits:
+            class_logits = self.class_predictor(torch.stack(outputs.query_states))
+            earlier_masks = predict_masks(
+                torch.stack(outputs.mask_embeddings[:-1]), outputs.pixel_decoder_last_hidden_state
+            )
+            mask_logits = torch.cat((earlier_masks, outputs.masks_queries_logits[None]))
+        else:
+            class_logits = self.class_predictor(outputs.transformer_decoder_last_hidden_state)[None]
+            mask_logits = outputs.masks_queries_logits[None]
+
+        image_sizes = None if pixel_mask is None else true_image_sizes(pixel_mask)
+        loss, loss_dict, auxiliary_logits = None, None, None
+        if mask_labels is not None:
+            first = 0 if config.use_auxiliary_loss else -1
+            extents = None
+            if image_sizes is not None and config.mask_padding:
+                extents = image_sizes / torch.tensor(pixel_mask.shape[-2:], device=image_sizes.device)
+            loss_dict = self.criterion(
+                class_logits[first:], mask_logits[first:], mask_labels, class_labels, extents
+            )
+            loss = self.weighted_sum(loss_dict)
+        if output_auxiliary_logits:
+            auxiliary_logits = [
+                {"class_queries_logits": classes, "masks_queries_logits": masks}
+                for classes, masks in zip(class_logits[:-1], mask_logits[:-1], strict=True)
+            ]
+        output = ProScaleMask2FormerForUniversalSegmentationOutput(
+            loss=loss,
+            class_queries_logits=class_logits[-1],
+            masks_queries_logits=mask_logits[-1],
+            image_sizes=image_sizes,
+            loss_dict=loss_dict,
+            auxiliary_logits=auxiliary_logits,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            pixel_decoder_last_hidden_state=outputs.pixel_decoder_last_hidden_state,
+            transformer_decoder_last_hidden_state=outputs.transformer_decoder_last_hidden_state,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            pixel_decoder_hidden_states=outputs.pixel_decoder_hidden_states,
+            transformer_decoder_hidden_states=outputs.transformer_decoder_hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def weighted_sum(self, loss_dict: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The training loss: each term times its weight from the configuration."""
+        weights = {
+            "loss_cross_entropy": self.config.class_weight,
+            "loss_mask": self.config.mask_weight,
+            "loss_dice": self.config.dice_weight,
+        }
+        return sum(
+            weight * value
+            for name, weight in weights.items()
+            for key, value in loss_dict.items()
+            if key.startswith(name)
+        )
+
+
+def true_image_sizes(pixel_mask: torch.Tensor) -> torch.Tensor:
+    """(batch, height, width) mask, 1 = image -> (batch, 2) int64 height and width of each image, at least 1."""
+    real = pixel_mask != 0
+    return torch.stack((real.any(2).sum(1), real.any(1).sum(1)), dim=1).clamp(min=1)
+
+
+def check_pixels(pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) -> None:
+    """Refuse inputs that cannot be an image batch.
+
+    Raises:
+        ValueError: see there.
+    """
+    if pixel_values.ndim != 4 or 0 in pixel_values.shape:
+        raise ValueError(
+            f"`pixel_values` must be (batch, channels, height, width) and not empty, got {tuple(pixel_values.shape)}."
+        )
+    if pixel_mask is not None and pixel_mask.shape != (pixel_values.shape[0], *pixel_values.shape[-2:]):
+        raise ValueError(
+            f"`pixel_mask` must be (batch, height, width) of `pixel_values` {tuple(pixel_values.shape)}, "
+            f"got {tuple(pixel_mask.shape)}."
+        )
+
+
+__all__ = [
+    "ProScaleMask2FormerForUniversalSegmentation",
+    "ProScaleMask2FormerModel",
+    "ProScaleMask2FormerPreTrainedModel",
+]

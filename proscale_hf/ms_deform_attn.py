@@ -1,0 +1,241 @@
+"""Multi-scale deformable attention (https://arxiv.org/abs/2010.04159) and the encoder layer built on it.
+
+`MultiScaleDeformableAttention` is the operation itself, under the name and signature transformers uses, so that a
+compiled kernel from the Hub can take its place; what stands here is the readable path in PyTorch. Sampling locations
+and the accumulation are float32 whatever the weights' type: in bfloat16 a location would be off by up to a pixel.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.integrations import use_kernel_forward_from_hub
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration_proscale_mask2former import ProScaleMask2FormerConfig
+
+
+IM2COL_STEP = 64  # images that a compiled kernel handles at once
+
+
+@use_kernel_forward_from_hub("MultiScaleDeformableAttention")
+class MultiScaleDeformableAttention(nn.Module):
+    """Sample values at given locations of several maps and add them up with given weights."""
+
+    def forward(
+        self,
+        value: torch.Tensor,
+        value_spatial_shapes: torch.Tensor,
+        value_spatial_shapes_list: list[tuple[int, int]],
+        level_start_index: torch.Tensor,
+        sampling_locations: torch.Tensor,
+        attention_weights: torch.Tensor,
+        im2col_step: int,
+    ) -> torch.Tensor:
+        """
+        Args:
+            value: (batch, tokens, heads, head_dim), tokens of all levels one level after the other.
+            value_spatial_shapes: (levels, 2) int64, (height, width) of each level; read by compiled kernels only.
+            value_spatial_shapes_list: the same as Python integers.
+            level_start_index: (levels,) int64, first token of each level; read by compiled kernels only.
+            sampling_locations: (batch, queries, heads, levels, points, 2), (x, y) with 0 and 1 at the map's edges;
+                what lies outside samples zeros.
+            attention_weights: (batch, queries, heads, levels, points).
+            im2col_step: images per block; read by compiled kernels only.
+
+        Returns:
+            (batch, queries, heads * head_dim), in the type of `value`.
+        """
+        batch, _, heads, head_dim = value.shape
+        queries = sampling_locations.shape[1]
+        accumulate = torch.promote_types(value.dtype, torch.float32)
+        grids = (2 * sampling_locations - 1).to(accumulate)
+        output = value.new_zeros((batch * heads, head_dim, queries), dtype=accumulate)
+        level_values = value.split([height * width for height, width in value_spatial_shapes_list], dim=1)
+        for level, (height, width) in enumerate(value_spatial_shapes_list):
+            # (batch, height * width, heads, head_dim) -> (batch * heads, head_dim, height, width)
+            level_map = (
+                level_values[level].permute(0, 2, 3, 1).reshape(batch * heads, head_dim, height, width)
+            )
+            # (batch, queries, heads, points, 2) -> (batch * heads, queries, points, 2)
+            grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
+            # (batch, queries, heads, points) -> (batch * heads, 1, queries, points)
+            weights = attention_weights[:, :, :, level].transpose(1, 2).flatten(0, 1).unsqueeze(1)
+            sampled = nn.functional.grid_sample(level_map.to(accumulate), grid, align_corners=False)
+            output = output + (sampled * weights.to(accumulate)).sum(-1)
+        # (batch * heads, head_dim, queries) -> (batch, queries, heads * head_dim)
+        output = output.view(batch, heads * head_dim, queries).transpose(1, 2)
+        return output.to(value.dtype).contiguous()
+
+
+class TokenGrid(NamedTuple):
+    """Where the tokens of several maps lie, map after map.
+
+    Attributes:
+        shapes_list: (height, width) of each map, as Python integers.
+        shapes: (levels, 2) int64, the same as a tensor.
+        level_start_index: (levels,) int64, each map's first token.
+        reference_points: (tokens, 2) float32, (x, y) of each token's centre in the unit square of its map.
+    """
+
+    shapes_list: list[tuple[int, int]]
+    shapes: torch.Tensor
+    level_start_index: torch.Tensor
+    reference_points: torch.Tensor
+
+    @classmethod
+    def of_maps(cls, maps: list[torch.Tensor]) -> "TokenGrid":
+        """The grid of (batch, channels, height, width) maps."""
+        device = maps[0].device
+        dtype = torch.promote_types(maps[0].dtype, torch.float32)
+        shapes_list = [tuple(feature_map.shape[-2:]) for feature_map in maps]
+        starts, centres = [0], []
+        for height, width in shapes_list:
+            starts.append(starts[-1] + height * width)
+            y = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height
+            x = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width
+            y, x = torch.meshgrid(y, x, indexing="ij")
+            centres.append(torch.stack((x, y), dim=-1).flatten(0, 1))  # (height * width, 2)
+        return cls(
+            shapes_list,
+            torch.tensor(shapes_list, device=device),
+            torch.tensor(starts[:-1], device=device),
+            torch.cat(centres),
+        )
+
+    def first(self, levels: int) -> "TokenGrid":
+        """The grid of the first `levels` maps alone."""
+        tokens = sum(height * width for height, width in self.shapes_list[:levels])
+        return TokenGrid(
+            self.shapes_list[:levels],
+            self.shapes[:levels],
+            self.level_start_index[:levels],
+            self.reference_points[:tokens],
+        )
+
+
+class DeformableSelfAttention(nn.Module):
+    """The projections around [`MultiScaleDeformableAttention`]: tokens of all levels attend to a few points per level.
+
+    Args:
+        embed_dim: channels of the tokens.
+        num_heads: attention heads.
+        num_levels: feature maps among the tokens.
+        num_points: sampling points per head and level.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, num_levels: int, num_points: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_levels = num_levels
+        self.num_points = num_points
+        self.sampling_offsets = SamplingOffsets(embed_dim, num_heads, num_levels, num_points)
+        self.attention_weights = AttentionLogits(embed_dim, num_heads * num_levels * num_points)
+        self.value_proj = nn.Linear(embed_dim, embed_dim)
+        self.output_proj = nn.Linear(embed_dim, embed_dim)
+        self.attention = MultiScaleDeformableAttention()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: torch.Tensor,
+        grid: "TokenGrid",
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: (batch, tokens, channels).
+            position_embeddings: (1, tokens, channels), added for the queries, not for the values.
+            grid: where the tokens lie.
+
+        Returns:
+            (batch, tokens, channels).
+        """
+        batch, tokens, channels = hidden_states.shape
+        per_head = (batch, tokens, self.num_heads, self.num_levels, self.num_points)
+        queries = hidden_states + position_embeddings
+
+        value = self.value_proj(hidden_states).view(batch, tokens, self.num_heads, channels // self.num_heads)
+        logits = self.attention_weights(queries).view(*per_head[:3], -1)
+        weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).view(per_head)
+
+        offsets = self.sampling_offsets(queries).view(*per_head, 2).to(grid.reference_points.dtype)
+        offsets = offsets / grid.shapes.flip(-1)[:, None]  # pixels -> unit square
+        locations = grid.reference_points[:, None, None, None] + offsets
+
+        output = self.attention(
+            value, grid.shapes, grid.shapes_list, grid.level_start_index, locations, weights, IM2COL_STEP
+        )
+        return self.output_proj(output)
+
+
+class SamplingOffsets(nn.Linear):
+    """Offsets in pixels for each head, level and point; at first each head looks along its own direction."""
+
+    def __init__(self, embed_dim: int, num_heads: int, num_levels: int, num_points: int):
+        super().__init__(embed_dim, num_heads * num_levels * num_points * 2)
+        self.shape = (num_heads, num_levels, num_points, 2)
+
+    @torch.no_grad()
+    def reset_parameters_to_ring(self) -> None:
+        """No dependence on the token, and point p of head h at p + 1 pixels in the h-th of evenly spread directions."""
+        num_heads, num_levels, num_points, _ = self.shape
+        angles = torch.arange(num_heads, dtype=torch.float32) * (2 * math.pi / num_heads)
+        directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)  # onto the square of side 2
+        distances = torch.arange(1, num_points + 1, dtype=torch.float32)
+        ring = directions[:, None, None] * distances[:, None]  # (heads, 1, points, 2)
+        init.zeros_(self.weight)
+        init.copy_(self.bias, ring.expand(num_heads, num_levels, num_points, 2).reshape(-1))
+
+
+class AttentionLogits(nn.Linear):
+    """Logits of the attention weights; zero at first, so that all points count alike."""
+
+
+class DeformableEncoderLayer(GradientCheckpointingLayer):
+    """Deformable self-attention and a feed-forward block, each followed by dropout, residual and layer norm.
+
+    Args:
+        config: the model's configuration.
+        num_levels: feature maps among the tokens this layer gets.
+    """
+
+    def __init__(self, config: ProScaleMask2FormerConfig, num_levels: int):
+        super().__init__()
+        channels = config.feature_size
+        self.self_attn = DeformableSelfAttention(
+            channels, config.num_attention_heads, num_levels, config.encoder_num_points
+        )
+        self.self_attn_layer_norm = nn.LayerNorm(channels)
+        self.fc1 = nn.Linear(channels, config.encoder_feedforward_dim)
+        self.fc2 = nn.Linear(config.encoder_feedforward_dim, channels)
+        self.final_layer_norm = nn.LayerNorm(channels)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: torch.Tensor,
+        grid: "TokenGrid",
+    ) -> torch.Tensor:
+        """Arguments and result as in [`DeformableSelfAttention.forward`]."""
+        attended = self.self_attn(hidden_states, position_embeddings, grid)
+        hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(attended))
+        expanded = self.dropout(nn.functional.relu(self.fc1(hidden_states)))
+        return self.final_layer_norm(hidden_states + self.dropout(self.fc2(expanded)))
+
+
+def maps_to_tokens(maps: list[torch.Tensor]) -> torch.Tensor:
+    """(batch, channels, height, width) maps -> (batch, tokens, channels), map after map."""
+    return torch.cat([feature_map.flatten(2).transpose(1, 2) for feature_map in maps], dim=1)
+
+
+def tokens_to_maps(tokens: torch.Tensor, spatial_shapes: list[tuple[int, int]]) -> list[torch.Tensor]:
+    """The inverse of [`maps_to_tokens`]."""
+    parts = tokens.split([height * width for height, width in spatial_shapes], dim=1)
+    return [
+        part.transpose(1, 2).unflatten(2, shape)  # (batch, channels, height, width)
+        for part, shape in zip(parts, spatial_shapes, strict=True)
+    ]

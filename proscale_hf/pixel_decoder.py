@@ -1,0 +1,98 @@
+"""Pixel decoder: projections -> encoder -> per-pixel embedding (PRO-SCALE, figure 3 and section 3.1.1).
+
+The encoder enhances the maps at strides 32, 16 and 8. The per-pixel embedding comes from the stride-4 map and the
+finest enhanced one; with a pooling `pixel_embedding` that step has no weights but its norm's.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from .configuration_proscale_mask2former import NORM_GROUPS, ProScaleMask2FormerConfig
+from .encoders import ENCODER_CLASSES
+from .position_embedding import sine_position_embedding
+
+
+@dataclass
+class PixelDecoderOutput(ModelOutput):
+    """
+    Attributes:
+        multi_scale_features: the enhanced maps, (batch, feature_size, height, width) each, coarse to fine.
+        mask_features: (batch, mask_feature_size, height, width), the per-pixel embedding at stride 4.
+    """
+
+    multi_scale_features: tuple[torch.Tensor, ...] | None = None
+    mask_features: torch.Tensor | None = None
+
+
+class PixelDecoder(nn.Module):
+    """From the backbone's maps to the maps the mask decoder reads.
+
+    Args:
+        config: the model's configuration.
+        backbone_channels: channels of the backbone's maps, fine to coarse.
+    """
+
+    def __init__(self, config: ProScaleMask2FormerConfig, backbone_channels: list[int]):
+        super().__init__()
+        channels = config.feature_size
+        finest_channels, *encoder_channels = backbone_channels
+        self.input_projections = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(in_channels, channels, kernel_size=1), nn.GroupNorm(NORM_GROUPS, channels)
+            )
+            for in_channels in reversed(encoder_channels)
+        )
+        self.level_embed = nn.Parameter(torch.zeros(len(encoder_channels), channels))
+        self.encoder = ENCODER_CLASSES[config.encoder](config)
+        self.adapter_1 = nn.Sequential(
+            nn.Conv2d(finest_channels, channels, kernel_size=1, bias=False),
+            nn.GroupNorm(NORM_GROUPS, channels),
+        )
+        self.layer_1 = nn.Sequential(
+            _pixel_embedding(config.pixel_embedding, channels), nn.GroupNorm(NORM_GROUPS, channels), nn.ReLU()
+        )
+        self.mask_projection = nn.Conv2d(channels, config.mask_feature_size, kernel_size=1)
+
+    def forward(self, backbone_maps: tuple[torch.Tensor, ...]) -> PixelDecoderOutput:
+        """
+        Args:
+            backbone_maps: (batch, channels, height, width) each, fine to coarse (strides 4, 8, 16, 32).
+
+        Returns:
+            The enhanced maps and the per-pixel embedding.
+        """
+        finest, *rest = backbone_maps
+        projected = [
+            projection(feature_map)
+            for projection, feature_map in zip(self.input_projections, reversed(rest), strict=True)
+        ]
+        positions = [
+            self.position_embedding(feature_map, level)
+            for feature_map, level in zip(projected, self.level_embed, strict=True)
+        ]
+        enhanced = self.encoder(projected, positions)
+        lateral = self.adapter_1(finest)
+        upsampled = nn.functional.interpolate(
+            enhanced[-1], size=lateral.shape[-2:], mode="bilinear", align_corners=False
+        )
+        mask_features = self.mask_projection(self.layer_1(lateral + upsampled))
+        return PixelDecoderOutput(multi_scale_features=tuple(enhanced), mask_features=mask_features)
+
+    @staticmethod
+    def position_embedding(feature_map: torch.Tensor, level_embed: torch.Tensor) -> torch.Tensor:
+        """(1, channels, height, width): the positions in a map plus the embedding of its level."""
+        channels, height, width = feature_map.shape[1:]
+        positions = sine_position_embedding(height, width, channels, feature_map.device)
+        return positions.to(feature_map.dtype) + level_embed[:, None, None]
+
+
+def _pixel_embedding(kind: str, channels: int) -> nn.Module:
+    """The 3x3 step of the per-pixel embedding, stride 1."""
+    if kind == "maxpool":
+        return nn.MaxPool2d(kernel_size=3, stride=1, padding=1)
+    if kind == "avgpool":
+        return nn.AvgPool2d(kernel_size=3, stride=1, padding=1)
+    return nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)

@@ -1,0 +1,44 @@
+"""Sine position embedding for maps, normalised to the image (as in DETR, https://arxiv.org/abs/2005.12872)."""
+
+import math
+
+import torch
+
+
+TEMPERATURE = 10_000.0
+EPSILON = 1e-6
+
+
+def sine_position_embedding(
+    height: int,
+    width: int,
+    channels: int,
+    device: torch.device,
+    valid_sizes: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Embed each position's row and column, counted from 1 and scaled so that the last one is 2 pi.
+
+    Args:
+        height: rows of the map.
+        width: columns of the map.
+        channels: channels of the embedding, a multiple of 4: the first half embeds rows, the second columns.
+        device: where to put it.
+        valid_sizes: (batch, 2) rows and columns of the map that are image; the whole map if None.
+
+    Returns:
+        (batch, channels, height, width) float32; batch is 1 without `valid_sizes`.
+    """
+    if valid_sizes is None:
+        valid_sizes = torch.tensor([[height, width]], device=device)
+    half = channels // 2
+    frequency = TEMPERATURE ** (-2 * torch.arange(half // 2, device=device, dtype=torch.float32) / half)
+
+    def embed_axis(length: int, valid_lengths: torch.Tensor) -> torch.Tensor:
+        steps = torch.arange(1, length + 1, device=device, dtype=torch.float32)
+        phase = steps / (valid_lengths[:, None] + EPSILON) * (2 * math.pi)  # (batch, length)
+        angle = phase[:, None] * frequency[:, None]  # (batch, half / 2, length)
+        return torch.stack((angle.sin(), angle.cos()), dim=2).flatten(1, 2)  # (batch, half, length)
+
+    rows = embed_axis(height, valid_sizes[:, 0])[..., None].expand(-1, -1, height, width)
+    columns = embed_axis(width, valid_sizes[:, 1])[:, :, None].expand(-1, -1, height, width)
+    return torch.cat((rows, columns), dim=1)

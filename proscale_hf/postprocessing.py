@@ -1,0 +1,349 @@
+"""Post-processing: from query logits to panoptic, semantic and instance results. Pure tensor functions.
+
+The rules are those of Mask2Former's own inference code: mask logits are upsampled to the padded input, the
+padding is cropped, the rest is resized to the target, and only there are pixels scored and merged.
+docs/differences.md says where transformers' `Mask2FormerImageProcessor` departs from that.
+
+Memory is bounded whatever the target size: no tensor of (queries, target height, target width) floats is ever
+made. Two bilinear resizes in a row are linear and separable, so the rows of the target are one matrix away
+from the rows of the logits, and the target can be worked on in strips of rows, each exactly what the whole
+would have been.
+"""
+
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+Size = tuple[int, int]
+Sizes = Sequence[Size] | Tensor
+
+STRIP_VALUES = 2**23  # float32 values in one strip of (queries or classes, rows, width): 64 MB
+LOGIT_LIMIT = 1e30  # half precision can overflow to infinity, and 0 * infinity would make a resize give NaN
+
+
+def _float32_inference(function: Callable) -> Callable:
+    """Compute without gradients, and in float32 also under autocast: masks lose their edges in bfloat16."""
+
+    @functools.wraps(function)
+    def wrapped(class_queries_logits: Tensor, masks_queries_logits: Tensor, **options):
+        with torch.no_grad(), torch.autocast(masks_queries_logits.device.type, enabled=False):
+            return function(class_queries_logits, masks_queries_logits, **options)
+
+    return wrapped
+
+
+@_float32_inference
+def panoptic_segmentation(
+    class_queries_logits: Tensor,
+    masks_queries_logits: Tensor,
+    *,
+    padded_size: Size,
+    image_sizes: Sizes,
+    target_sizes: Sizes,
+    label_ids_to_fuse: Collection[int],
+    object_mask_threshold: float = 0.8,
+    overlap_threshold: float = 0.8,
+    mask_threshold: float = 0.5,
+) -> list[dict]:
+    """
+    Give each pixel to at most one segment (Mask2Former's panoptic inference).
+
+    Args:
+        class_queries_logits (`Tensor` of shape `(batch, queries, labels + 1)`): last is "no object".
+        masks_queries_logits (`Tensor` of shape `(batch, queries, h, w)`): at any stride of the padded batch.
+        padded_size: (height, width) of the padded batch the model saw.
+        image_sizes (`(batch, 2)`): true (height, width) of each image inside the padded batch.
+        target_sizes (`(batch, 2)`): (height, width) of the wanted maps.
+        label_ids_to_fuse: stuff labels; all segments of such a label in an image become one.
+        object_mask_threshold: queries whose best class probability is not above it are dropped.
+        overlap_threshold: a query that wins a smaller share of its own mask than this is dropped.
+        mask_threshold: mask probability from which a pixel belongs to a query's mask.
+
+    Returns:
+        `list[dict]`: for each image `"segmentation"`, an int32 (height, width) map of segment ids with 0
+        where there is none, and `"segments_info"`, for each segment `{"id", "label_id", "was_fused",
+        "score"}` in query order. Ids count up from 1; a fused segment has the score of its first query.
+
+    Raises:
+        `ValueError`: for NaN logits, and for sizes that are impossible or not one per image.
+    """
+    return [
+        _panoptic_map(
+            class_logits,
+            masks,
+            set(label_ids_to_fuse),
+            object_mask_threshold,
+            overlap_threshold,
+            mask_threshold,
+        )
+        for class_logits, masks in _images(
+            class_queries_logits, masks_queries_logits, padded_size, image_sizes, target_sizes
+        )
+    ]
+
+
+@_float32_inference
+def semantic_segmentation(
+    class_queries_logits: Tensor,
+    masks_queries_logits: Tensor,
+    *,
+    padded_size: Size,
+    image_sizes: Sizes,
+    target_sizes: Sizes,
+    return_scores: bool = False,
+) -> list[Tensor] | list[tuple[Tensor, Tensor]]:
+    """
+    Give each pixel the label with the highest sum over queries of class probability times mask probability.
+
+    Args: as for [`panoptic_segmentation`], and
+        return_scores: also return those sums. They take labels x height x width floats.
+
+    Returns:
+        for each image the int64 (height, width) label map; with `return_scores` the pair of it and the
+        float32 (labels, height, width) scores.
+
+    Raises:
+        `ValueError`: for NaN logits, and for sizes that are impossible or not one per image.
+    """
+    results = []
+    for class_logits, masks in _images(
+        class_queries_logits, masks_queries_logits, padded_size, image_sizes, target_sizes
+    ):
+        label_weights = class_logits.softmax(-1)[:, :-1].T  # (labels, queries)
+        label_map = torch.empty(masks.target_size, dtype=torch.int64, device=masks.logits.device)
+        if return_scores:
+            scores = torch.empty((len(label_weights), *masks.target_size), device=masks.logits.device)
+        for rows, logits in masks.strips(extra_channels=len(label_weights)):
+            strip_scores = torch.tensordot(label_weights, logits.sigmoid_(), dims=1)  # (labels, rows, width)
+            label_map[rows] = strip_scores.argmax(0)
+            if return_scores:
+                scores[:, rows] = strip_scores
+        results.append((label_map, scores) if return_scores else label_map)
+    return results
+
+
+@_float32_inference
+def instance_segmentation(
+    class_queries_logits: Tensor,
+    masks_queries_logits: Tensor,
+    *,
+    padded_size: Size,
+    image_sizes: Sizes,
+    target_sizes: Sizes,
+    thing_label_ids: Collection[int],
+    top_k: int = 100,
+    score_threshold: float = 0.0,
+    mask_threshold: float = 0.5,
+) -> list[dict]:
+    """
+    Best (query, label) pairs with their masks, which may overlap (Mask2Former's instance inference).
+
+    Args: as for [`panoptic_segmentation`], and
+        thing_label_ids: labels that have instances; other pairs are dropped, after the best were taken.
+        top_k: how many pairs are taken, by class probability.
+        score_threshold: pairs with a lower final score are dropped.
+        mask_threshold: mask probability above which a pixel belongs to an instance.
+
+    Returns:
+        `list[dict]`: for each image, best first, `"scores"` (float32, class probability times the mean mask
+        probability inside the mask), `"labels"` (int64) and `"masks"` (bool, (instances, height, width)).
+
+    Raises:
+        `ValueError`: for NaN logits, and for sizes that are impossible or not one per image.
+    """
+    return [
+        _instances(class_logits, masks, sorted(thing_label_ids), top_k, score_threshold, mask_threshold)
+        for class_logits, masks in _images(
+            class_queries_logits, masks_queries_logits, padded_size, image_sizes, target_sizes
+        )
+    ]
+
+
+@dataclass(frozen=True)
+class _QueryMasks:
+    """The low-resolution mask logits of one image, and how they come to the target's size."""
+
+    logits: Tensor  # (queries, h, w), float32
+    padded_size: Size
+    image_size: Size
+    target_size: Size
+
+    def select(self, queries: Tensor) -> "_QueryMasks":
+        return _QueryMasks(self.logits[queries], self.padded_size, self.image_size, self.target_size)
+
+    def strips(self, extra_channels: int = 0) -> Iterator[tuple[slice, Tensor]]:
+        """
+        Yield `(rows, logits)`: a slice of the target's rows and the fresh (queries, rows, target width)
+        logits there.
+
+        Args:
+            extra_channels: values per pixel that the caller makes beside the logits, so that strips get
+                thinner.
+        """
+        queries, height, _ = self.logits.shape
+        identity = torch.eye(height, device=self.logits.device)[None]
+        row_weights = self._resize(identity, axis=0)[0]  # (target height, height)
+        strip_height = max(1, STRIP_VALUES // ((queries + extra_channels) * self.target_size[1]))
+        for top in range(0, self.target_size[0], strip_height):
+            rows = slice(top, min(top + strip_height, self.target_size[0]))
+            strip = torch.matmul(row_weights[rows], self.logits)  # (queries, rows, width)
+            yield rows, self._resize(strip, axis=1)
+
+    def _resize(self, images: Tensor, axis: int) -> Tensor:
+        """Upsample to the padded size, crop, resize to the target: along one axis of (channels, height,
+        width)."""
+
+        def along_axis(length: int) -> list[int]:
+            size = list(images.shape[-2:])
+            size[axis] = length
+            return size
+
+        images = images[None]
+        for length, crop in (
+            (self.padded_size[axis], self.image_size[axis]),
+            (self.target_size[axis], self.target_size[axis]),
+        ):
+            images = functional.interpolate(
+                images, size=along_axis(length), mode="bilinear", align_corners=False
+            )
+            images = images.narrow(axis + 2, 0, crop)
+        return images[0]
+
+
+def _images(
+    class_queries_logits: Tensor,
+    masks_queries_logits: Tensor,
+    padded_size: Size,
+    image_sizes: Sizes,
+    target_sizes: Sizes,
+) -> Iterator[tuple[Tensor, _QueryMasks]]:
+    """Check the arguments, and yield the (queries, labels + 1) class logits and the masks of each image."""
+    batch = len(masks_queries_logits)
+    padded_size = _as_sizes([padded_size], 1, "padded_size")[0]
+    image_sizes = _as_sizes(image_sizes, batch, "image_sizes")
+    target_sizes = _as_sizes(target_sizes, batch, "target_sizes")
+    for image_size in image_sizes:
+        if image_size[0] > padded_size[0] or image_size[1] > padded_size[1]:
+            raise ValueError(f"image size {image_size} does not fit into the padded size {padded_size}")
+    if class_queries_logits.isnan().any() or masks_queries_logits.isnan().any():
+        raise ValueError(
+            "the model's logits hold NaN: check its weights (or its precision) before post-processing"
+        )
+
+    for class_logits, mask_logits, image_size, target_size in zip(
+        class_queries_logits, masks_queries_logits, image_sizes, target_sizes, strict=True
+    ):
+        class_logits, mask_logits = (
+            logits.float().clamp(-LOGIT_LIMIT, LOGIT_LIMIT) for logits in (class_logits, mask_logits)
+        )
+        yield class_logits, _QueryMasks(mask_logits, padded_size, image_size, target_size)
+
+
+def _as_sizes(sizes: Sizes, count: int, name: str) -> list[Size]:
+    """Check (height, width) pairs, given as tuples or as a tensor."""
+    sizes = [(int(height), int(width)) for height, width in sizes]
+    if len(sizes) != count:
+        raise ValueError(
+            f"{name} has {len(sizes)} entries for a batch of {count}: give one (height, width) per image"
+        )
+    if any(min(size) < 1 for size in sizes):
+        raise ValueError(f"{name} must be at least 1 x 1, got {sizes}")
+    return sizes
+
+
+def _panoptic_map(
+    class_logits: Tensor,
+    masks: _QueryMasks,
+    label_ids_to_fuse: set[int],
+    object_mask_threshold: float,
+    overlap_threshold: float,
+    mask_threshold: float,
+) -> dict:
+    scores, labels = class_logits.softmax(-1).max(-1)
+    no_object = class_logits.shape[-1] - 1
+    kept = ((labels != no_object) & (scores > object_mask_threshold)).nonzero().flatten()
+    owner = torch.zeros(
+        masks.target_size, dtype=torch.int32, device=class_logits.device
+    )  # 1 + the winning query
+    if len(kept) == 0:
+        return {"segmentation": owner, "segments_info": []}
+
+    scores, labels = scores[kept], labels[kept]
+    mask_area, won_area = torch.zeros((2, len(kept)), dtype=torch.int64, device=owner.device)
+    for rows, logits in masks.select(kept).strips(extra_channels=len(kept)):
+        probabilities = logits.sigmoid_()
+        inside = probabilities >= mask_threshold
+        winner = probabilities.mul_(scores[:, None, None]).argmax(0)  # (rows, width)
+        mask_area += inside.flatten(1).sum(1)
+        won_area += winner.flatten().bincount(minlength=len(kept))
+        owner[rows] = (winner + 1) * inside.gather(0, winner[None])[0]
+    segment_area = owner.flatten().bincount(minlength=len(kept) + 1)[1:]
+
+    segment_ids = [0]  # of owner 0 (nobody), 1, 2, ...
+    fused_ids: dict[int, int] = {}  # label id -> segment id
+    segments_info: list[dict] = []
+    per_query = (scores, labels, segment_area, won_area, mask_area)
+    for score, label_id, area, won, mask in zip(*(values.tolist() for values in per_query), strict=True):
+        # pixels won outside the query's own mask count in the overlap test, as in the original
+        if area == 0 or won / mask < overlap_threshold:
+            segment_ids.append(0)
+        elif label_id in fused_ids:
+            segment_ids.append(fused_ids[label_id])
+        else:
+            segment_id = len(segments_info) + 1
+            segment_ids.append(segment_id)
+            was_fused = label_id in label_ids_to_fuse
+            if was_fused:
+                fused_ids[label_id] = segment_id
+            segments_info.append(
+                {"id": segment_id, "label_id": label_id, "was_fused": was_fused, "score": score}
+            )
+    segmentation = torch.tensor(segment_ids, dtype=torch.int32, device=owner.device)[owner.long()]
+    return {"segmentation": segmentation, "segments_info": segments_info}
+
+
+def _instances(
+    class_logits: Tensor,
+    masks: _QueryMasks,
+    thing_label_ids: list[int],
+    top_k: int,
+    score_threshold: float,
+    mask_threshold: float,
+) -> dict:
+    probabilities = class_logits.softmax(-1)[:, :-1]  # (queries, labels)
+    scores, pairs = probabilities.flatten().topk(min(top_k, probabilities.numel()))
+    queries, labels = pairs // probabilities.shape[1], pairs % probabilities.shape[1]
+    # the final score is never above the class score, so what is below the threshold now stays below it
+    kept = torch.isin(labels, labels.new_tensor(thing_label_ids)) & (scores >= score_threshold)
+    scores, labels = scores[kept], labels[kept]
+    queries, query_of_instance = queries[kept].unique(return_inverse=True)
+    instance_masks = torch.empty(
+        (len(scores), *masks.target_size), dtype=torch.bool, device=class_logits.device
+    )
+    if len(scores) == 0:
+        return {"scores": scores, "labels": labels, "masks": instance_masks}
+
+    logit_threshold = torch.tensor(mask_threshold).logit().item()
+    area, probability_sum = torch.zeros((2, len(queries)), device=class_logits.device)
+    strips = []
+    for rows, logits in masks.select(queries).strips(extra_channels=len(queries)):
+        inside = logits > logit_threshold
+        area += inside.flatten(1).sum(1)
+        probability_sum += (logits.sigmoid_() * inside).flatten(1).sum(1)
+        instance_masks[:, rows] = inside[query_of_instance]
+        strips.append(rows)
+
+    mask_scores = probability_sum / (area + 1e-6)
+    scores = scores * mask_scores[query_of_instance]
+    best_first = scores.argsort(descending=True, stable=True)
+    best_first = best_first[scores[best_first] >= score_threshold]
+    for rows in strips:  # in place, because the masks of a large target leave no room for a second copy
+        instance_masks[: len(best_first), rows] = instance_masks[best_first, rows]
+    if len(best_first) < len(scores):
+        instance_masks = instance_masks[: len(best_first)].clone()
+    return {"scores": scores[best_first], "labels": labels[best_first], "masks": instance_masks}

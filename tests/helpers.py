@@ -1,0 +1,79 @@
+"""Tiny models and labels for the tests."""
+
+from typing import Any
+
+import torch
+
+from proscale_hf import ProScaleMask2FormerConfig, ProScaleMask2FormerForUniversalSegmentation
+
+
+TINY_SWIN = {
+    "model_type": "swin",
+    "embed_dim": 8,
+    "depths": [1, 1, 2, 1],
+    "num_heads": [1, 2, 2, 4],
+    "window_size": 4,
+    "drop_path_rate": 0.0,
+    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}
+TINY_RESNET = {
+    "model_type": "resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16, 24, 32],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "bottleneck",
+    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}
+
+
+def tiny_config(**changes: Any) -> ProScaleMask2FormerConfig:
+    """Three stages, five predictions, four classes."""
+    settings = {
+        "backbone_config": dict(TINY_SWIN),
+        "encoder_stage_layers": (1, 2, 1),
+        "encoder_layers": 2,
+        "encoder_feedforward_dim": 48,
+        "feature_size": 32,
+        "mask_feature_size": 16,
+        "hidden_dim": 32,
+        "num_attention_heads": 4,
+        "dim_feedforward": 48,
+        "decoder_layers": 5,
+        "num_queries": 7,
+        "train_num_points": 64,
+        "num_labels": 4,
+        **changes,
+    }
+    return ProScaleMask2FormerConfig(**settings)
+
+
+def tiny_model(seed: int = 0, **changes: Any) -> ProScaleMask2FormerForUniversalSegmentation:
+    """In evaluation mode, with weights far enough from their initial values that every part has an effect."""
+    torch.manual_seed(seed)
+    model = ProScaleMask2FormerForUniversalSegmentation(tiny_config(**changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def pixels(batch: int = 2, height: int = 64, width: int = 96, seed: int = 1) -> torch.Tensor:
+    """(batch, 3, height, width) noise."""
+    return torch.randn((batch, 3, height, width), generator=torch.Generator().manual_seed(seed))
+
+
+def labels(
+    objects: tuple[int, ...] = (3, 1), height: int = 64, width: int = 96, num_labels: int = 4, seed: int = 2
+) -> dict[str, list[torch.Tensor]]:
+    """Rectangles with random classes, `objects[i]` of them in image i."""
+    generator = torch.Generator().manual_seed(seed)
+    mask_labels, class_labels = [], []
+    for number in objects:
+        masks = torch.zeros((number, height, width), dtype=torch.uint8)
+        for mask in masks:
+            top = int(torch.randint(0, height - 16, (), generator=generator))
+            left = int(torch.randint(0, width - 16, (), generator=generator))
+            mask[top : top + 16, left : left + 16] = 1
+        mask_labels.append(masks)
+        class_labels.append(torch.randint(0, num_labels, (number,), generator=generator))
+    return {"mask_labels": mask_labels, "class_labels": class_labels}

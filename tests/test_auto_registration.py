@@ -1,0 +1,50 @@
+"""Auto classes and pipelines find this package's classes, whatever is imported first."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def run(code: str) -> list[str]:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return result.stdout.split()
+
+
+@pytest.mark.parametrize("first", ["import proscale_hf", "from transformers import AutoImageProcessor"])
+def test_image_processors_are_registered_in_any_order(first, tmp_path):
+    pytest.importorskip("torchvision", reason="AutoImageProcessor of transformers 5.17 needs it")
+    code = f"""
+{first}
+import proscale_hf
+from transformers import AutoImageProcessor, AutoConfig
+proscale_hf.ProScaleMask2FormerImageProcessorPil(label_ids_to_fuse=[2]).save_pretrained({str(tmp_path)!r})
+processor = AutoImageProcessor.from_pretrained({str(tmp_path)!r}, backend="pil")
+print(type(processor).__name__, processor.label_ids_to_fuse)
+"""
+    assert run(code) == ["ProScaleMask2FormerImageProcessorPil", "[2]"]
+
+
+def test_torchvision_backend_is_the_default(tmp_path):
+    pytest.importorskip("torchvision")
+    code = f"""
+import proscale_hf
+from transformers import AutoImageProcessor
+proscale_hf.ProScaleMask2FormerImageProcessorPil().save_pretrained({str(tmp_path)!r})
+print(type(AutoImageProcessor.from_pretrained({str(tmp_path)!r})).__name__)
+"""
+    assert run(code) == ["ProScaleMask2FormerImageProcessor"]
+
+
+def test_models_can_be_imported_directly():
+    code = "from proscale_hf.modeling_proscale_mask2former import ProScaleMask2FormerModel as M; print(M.__name__)"
+    assert run(code) == ["ProScaleMask2FormerModel"]
+
+
+def test_unknown_names_are_no_attributes():
+    assert run(
+        "import proscale_hf; print(hasattr(proscale_hf, 'NoSuchName'), 'ProScaleMask2FormerModel' in dir(proscale_hf))"
+    ) == [
+        "False",
+        "True",
+    ]

@@ -1,0 +1,86 @@
+"""The configuration: defaults, refusals that say what is possible, and saving."""
+
+import pytest
+from helpers import tiny_config
+from transformers import AutoConfig, ResNetConfig, SwinConfig
+
+from proscale_hf import ProScaleMask2FormerConfig
+
+
+def test_defaults_are_the_papers_swin_tiny_model():
+    config = ProScaleMask2FormerConfig()
+    assert config.encoder == "proscale" and tuple(config.encoder_stage_layers) == (3, 3, 3)
+    assert config.token_recalibration == "linear" and config.token_recalibration_temperature == 0.1
+    assert config.pixel_embedding == "maxpool"
+    assert config.backbone_config.model_type == "swin" and config.backbone_config.depths == [2, 2, 6, 2]
+    assert config.hidden_size == config.hidden_dim == 256
+    assert config.encoder_strides == (32, 16, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder": "deformable"}, "'proscale', 'mask2former'.*'deformable'"),
+        ({"token_recalibration": True}, "token_recalibration"),
+        ({"token_recalibration": "mlp"}, "'none', 'linear', 'conv'"),
+        ({"token_recalibration_layout": "transposed"}, "'paper', 'original'"),
+        ({"pixel_embedding": "minpool"}, "'maxpool', 'avgpool', 'conv'"),
+        ({"encoder_stage_layers": (3, 3)}, "3 numbers"),
+        ({"encoder_stage_layers": (3, 0, 3)}, "at least 1"),
+        ({"feature_size": 48}, "multiple of 32"),
+        ({"hidden_dim": 30}, "multiple of 4"),
+        ({"num_attention_heads": 5}, "multiple of 5"),
+        ({"num_queries": 0}, "at least 1"),
+        ({"dropout": 1.5}, "between 0 and 1"),
+        ({"feature_strides": (8, 16, 32)}, "common_stride"),
+        ({"backbone_config": {"embed_dim": 8}}, "model_type"),
+        ({"backbone_config": {"model_type": "no-such"}}, "no-such"),
+    ],
+)
+def test_what_is_not_possible_is_refused(change, message):
+    with pytest.raises(Exception, match=message) as error:
+        tiny_config(**change)
+    if change.get("token_recalibration") is not True:  # a wrong type is the typed dataclass's own error
+        assert isinstance(error.value, ValueError) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("changes", [{}, {"encoder": "mask2former", "id2label": {0: "a", 1: "b"}}])
+def test_saved_and_loaded_is_the_same(tmp_path, changes):
+    if "id2label" in changes:
+        changes = {**changes, "num_labels": 2}
+    config = tiny_config(**changes)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is ProScaleMask2FormerConfig
+    left, right = config.to_dict(), loaded.to_dict()
+    for volatile in ("transformers_version", "_name_or_path"):
+        left.pop(volatile, None), right.pop(volatile, None)
+    assert {k: v for k, v in left.items() if not isinstance(v, tuple)} == {
+        k: v for k, v in right.items() if not isinstance(left[k], tuple)
+    }
+
+
+def test_backbone_config_is_shared():
+    backbone = ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
+    assert ProScaleMask2FormerConfig(backbone_config=backbone).backbone_config is backbone
+
+
+def test_attention_implementation_reaches_the_backbone():
+    config = tiny_config(attn_implementation="eager")
+    assert isinstance(config.backbone_config, SwinConfig)
+    assert config.backbone_config._attn_implementation == "eager"
+
+
+def test_number_of_labels():
+    assert tiny_config(num_labels=5).id2label == {i: f"LABEL_{i}" for i in range(5)}
+
+
+def test_a_default_configuration_logs_nothing(capfd):
+    ProScaleMask2FormerConfig()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_every_field_is_documented():
+    documented = ProScaleMask2FormerConfig.__doc__
+    own = set(ProScaleMask2FormerConfig.__annotations__)
+    assert own and all(f"{name} (" in documented for name in own)

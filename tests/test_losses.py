@@ -1,0 +1,190 @@
+"""Matching and losses: against the formulas written out, and what void pixels and missing objects may not do."""
+
+import pytest
+import torch
+from helpers import labels, tiny_config
+from torch import nn
+
+from proscale_hf.losses import (
+    UNMATCHABLE,
+    UniversalSegmentationLoss,
+    check_labels,
+    sample_labels,
+    sample_maps,
+)
+
+
+def criterion(**changes) -> UniversalSegmentationLoss:
+    return UniversalSegmentationLoss(tiny_config(**{"train_num_points": 400, **changes}))
+
+
+def predictions(
+    number: int = 2, batch: int = 2, queries: int = 7, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    class_logits = torch.randn((number, batch, queries, 5), generator=generator)
+    mask_logits = 3 * torch.randn((number, batch, queries, 16, 24), generator=generator)
+    return class_logits, mask_logits
+
+
+def run(*arguments, seed: int = 0, **changes) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    return criterion(**changes)(*arguments)
+
+
+@pytest.fixture
+def points_inside(monkeypatch):
+    """Random points away from the border, where bilinear sampling mixes in zeros."""
+    rand = torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: 0.25 + 0.5 * rand(*size, **kwargs))
+
+
+def test_sample_labels_is_bilinear_sampling():
+    masks = (torch.rand(3, 10, 14) > 0.5).to(torch.uint8)
+    points = torch.rand(4, 50, 2)
+    objects = torch.tensor([2, 0, 0, 1])
+    values, counted = sample_labels(masks, objects, points, ignore_value=255)
+    expected = sample_maps(masks[objects].float()[:, None], points)[:, 0]
+    torch.testing.assert_close(values, expected)
+    assert counted.all()
+
+
+def test_points_next_to_void_do_not_count():
+    masks = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    masks[0, :, 2:] = 255
+    points = torch.tensor([[[0.125, 0.5], [0.3, 0.5], [0.5, 0.5], [0.9, 0.5]]])
+    _, counted = sample_labels(masks, torch.tensor([0]), points, ignore_value=255)
+    assert counted.tolist() == [[1.0, 1.0, 0.0, 0.0]]
+
+
+def test_terms_on_a_known_match(points_inside):
+    """One object, masks that are constant: no randomness is left, and the formulas can be worked out."""
+    class_logits = torch.zeros(1, 1, 3, 5)
+    class_logits[0, 0, 1, 2] = 4.0
+    mask_logits = torch.full((1, 1, 3, 8, 8), -2.0)
+    mask_logits[0, 0, 1] = 1.5
+    given = [torch.ones(1, 32, 32, dtype=torch.uint8)], [torch.tensor([2])]
+    terms = run(class_logits, mask_logits, *given)
+    bce = nn.functional.softplus(torch.tensor(-1.5))
+    p = torch.tensor(1.5).sigmoid() * 400
+    torch.testing.assert_close(terms["loss_mask"], bce)
+    torch.testing.assert_close(terms["loss_dice"], 1 - (2 * p + 1) / (p + 400 + 1))
+    weight = torch.tensor([1.0, 1, 1, 1, 0.1])
+    expected = nn.functional.cross_entropy(class_logits[0, 0], torch.tensor([4, 2, 4]), weight=weight)
+    torch.testing.assert_close(terms["loss_cross_entropy"], expected)
+
+
+def test_matching_finds_the_right_queries():
+    given = labels((3, 2), 64, 96)
+    class_logits, mask_logits = predictions(number=3)
+    wanted = [torch.tensor([4, 0, 6]), torch.tensor([1, 5])]
+    for i, queries in enumerate(wanted):
+        small = nn.functional.interpolate(given["mask_labels"][i].float()[None], size=(16, 24), mode="area")[
+            0
+        ]
+        mask_logits[:, i] = -8
+        mask_logits[:, i, queries] = 16 * small - 8
+        class_logits[:, i, queries, given["class_labels"][i]] += 5
+    loss = criterion()
+    matches = loss.match(class_logits, mask_logits, *given.values(), torch.ones(2, 2))
+    for queries, match in zip(wanted, matches, strict=True):
+        for prediction in range(3):
+            of_prediction = match[1:, match[0] == prediction]
+            order = of_prediction[1].argsort()
+            assert of_prediction[0][order].tolist() == queries.tolist()
+
+
+def test_all_predictions_at_once_equal_one_at_a_time(points_inside):
+    """With constant masks the random points do not matter, so each prediction's terms must be its own."""
+    class_logits, _ = predictions(number=3)
+    mask_logits = torch.randn(3, 2, 7, 1, 1).expand(3, 2, 7, 16, 24).contiguous()
+    given = [torch.ones(2, 64, 96, dtype=torch.uint8)] * 2, [torch.tensor([0, 3])] * 2
+    together = run(class_logits, mask_logits, *given)
+    for i, suffix in enumerate(("_0", "_1", "")):
+        alone = run(class_logits[i : i + 1], mask_logits[i : i + 1], *given)
+        for name, value in alone.items():
+            torch.testing.assert_close(together[name + suffix], value)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_predictions_on_void_pixels_change_nothing(dtype):
+    given = labels((3, 2), 64, 96)
+    given["mask_labels"] = [masks.to(dtype) for masks in given["mask_labels"]]
+    for masks in given["mask_labels"]:
+        masks[:, :, 40:72] = 255
+    class_logits, mask_logits = predictions()
+    changed = mask_logits.clone()
+    changed[..., 11:17] += 50  # columns 11 to 16 of 24 touch only void columns 40 to 71 of 96 when resized
+    settings = {"importance_sample_ratio": 0.0}  # uncertain points are chosen by prediction, void or not
+    before = run(class_logits, mask_logits, *given.values(), **settings)
+    after = run(class_logits, changed, *given.values(), **settings)
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value)
+
+
+def test_void_is_neither_object_nor_background():
+    class_logits, mask_logits = predictions(number=1, batch=1)
+    masks = labels((2,), 64, 96)["mask_labels"]
+    classes = [torch.tensor([1, 2])]
+    results = {}
+    for value in (0, 1, 255):
+        masks[0][:, 20:44] = value
+        results[value] = run(class_logits, mask_logits, masks, classes)["loss_mask"].item()
+    assert len(set(results.values())) == 3
+
+
+def test_no_objects():
+    class_logits, mask_logits = (x.requires_grad_() for x in predictions())
+    nothing = labels((0, 0))
+    terms = run(class_logits, mask_logits, *nothing.values())
+    assert terms["loss_mask"] == terms["loss_dice"] == 0 and terms["loss_cross_entropy"] > 0
+    sum(terms.values()).backward()
+    assert mask_logits.grad.abs().max() == 0
+
+
+def test_an_image_without_objects_beside_one_with():
+    terms = run(*predictions(), *labels((0, 2)).values())
+    assert all(value.isfinite() for value in terms.values())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_broken_predictions_do_not_stop_the_matching(bad):
+    class_logits, mask_logits = predictions()
+    mask_logits[:, :, 3] = bad
+    class_logits[:, :, 3] = bad
+    loss = criterion()
+    cost = loss.matching_cost(
+        class_logits[:, 0],
+        mask_logits[:, 0],
+        labels()["mask_labels"][0],
+        labels()["class_labels"][0],
+        torch.ones(2),
+    )
+    assert cost.isfinite().all() and (cost[:, 3] == UNMATCHABLE).all()
+    matches = loss.match(class_logits, mask_logits, *labels().values(), torch.ones(2, 2))
+    assert all(3 not in match[1] for match in matches)
+
+
+def test_masks_of_different_sizes_are_padded_with_background():
+    class_logits, mask_logits = predictions(number=1)
+    given = labels((1, 1), 64, 96)
+    smaller = [given["mask_labels"][0], given["mask_labels"][1][:, :40, :70]]
+    padded = [given["mask_labels"][0], nn.functional.pad(smaller[1], (0, 26, 0, 24))]
+    a = run(class_logits, mask_logits, smaller, given["class_labels"])
+    b = run(class_logits, mask_logits, padded, given["class_labels"])
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("masks", "classes", "message"),
+    [
+        ([torch.zeros(1, 4, 4)], [torch.tensor([0])], "one entry per image"),
+        ([torch.zeros(1, 4, 4)] * 2, [torch.tensor([0, 1])] * 2, "Image 0"),
+        ([torch.zeros(4, 4)] * 2, [torch.tensor([0])] * 2, "Image 0"),
+        ([torch.zeros(1, 4, 4)] * 2, [torch.tensor([0]), torch.tensor([4])], r"\[4\].*classes 0 to 3"),
+        ([torch.zeros(1, 4, 4)] * 2, [torch.tensor([-1]), torch.tensor([1])], r"\[-1\]"),
+    ],
+)
+def test_labels_that_cannot_be_right(masks, classes, message):
+    with pytest.raises(ValueError, match=message):
+        check_labels(masks, classes, batch=2, num_labels=4)

@@ -1,0 +1,475 @@
+"""The model as a whole: the contracts of a Transformers model, and what this one promises beyond them."""
+
+import copy
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import TINY_RESNET, labels, pixels, tiny_config, tiny_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForInstanceSegmentation,
+    AutoModelForUniversalSegmentation,
+)
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+
+from proscale_hf import (
+    ProScaleMask2FormerConfig,
+    ProScaleMask2FormerForUniversalSegmentation,
+    ProScaleMask2FormerModel,
+    ProScaleMask2FormerPreTrainedModel,
+)
+from proscale_hf.encoders import ENCODER_CLASSES
+from proscale_hf.mask_decoder import MaskedCrossAttention, MaskEmbedderLinear
+from proscale_hf.ms_deform_attn import AttentionLogits, SamplingOffsets
+
+
+VARIANTS = [
+    {},
+    {"encoder": "mask2former", "pixel_embedding": "conv", "token_recalibration": "none"},
+    {"token_recalibration": "conv", "token_recalibration_layout": "original", "pixel_embedding": "avgpool"},
+    {"token_recalibration_layout": "original", "stage_residual": True},
+    {"backbone_config": TINY_RESNET, "pre_norm": True, "hidden_dim": 48},
+]
+
+
+def mixed_batch() -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
+    """Three images of different sizes, padded to the largest multiple of 32."""
+    sizes = [(50, 90), (64, 64), (64, 128)]
+    pixel_values, pixel_mask = torch.zeros(3, 3, 64, 128), torch.zeros(3, 64, 128, dtype=torch.int64)
+    for i, (height, width) in enumerate(sizes):
+        pixel_values[i, :, :height, :width] = pixels(1, height, width, seed=i)[0]
+        pixel_mask[i, :height, :width] = 1
+    return pixel_values, pixel_mask, sizes
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a.float() - b.float()).abs().max().item()
+
+
+def logits_of(model: nn.Module, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        output = model(*args, **kwargs)
+    return output.class_queries_logits, output.masks_queries_logits
+
+
+# -- shapes and outputs
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_shapes(changes):
+    model = tiny_model(**changes)
+    output = model(pixels(), output_hidden_states=True, output_attentions=True, output_auxiliary_logits=True)
+    assert output.class_queries_logits.shape == (2, 7, 5)
+    assert output.masks_queries_logits.shape == (2, 7, 16, 24)
+    assert [m.shape[-2:] for m in output.encoder_hidden_states] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+    assert [m.shape[1:] for m in output.pixel_decoder_hidden_states] == [(32, 2, 3), (32, 4, 6), (32, 8, 12)]
+    assert output.pixel_decoder_last_hidden_state.shape == (2, 16, 16, 24)
+    hidden = model.config.hidden_dim
+    assert [h.shape for h in output.transformer_decoder_hidden_states] == [(2, 7, hidden)] * 5
+    assert [a.shape for a in output.attentions] == [(2, 4, 7, 7)] * 4
+    assert [a.shape[-1] for a in output.cross_attentions] == [6, 24, 96, 6]
+    assert len(output.auxiliary_logits) == 4
+    for weights in (*output.attentions, *output.cross_attentions):
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
+
+
+def test_output_order_is_what_trainer_and_pipelines_read():
+    output = tiny_model()(pixels(), **labels())
+    assert list(output.keys())[:3] == ["loss", "class_queries_logits", "masks_queries_logits"]
+    assert output.loss.ndim == 0
+    parameters = list(inspect.signature(ProScaleMask2FormerForUniversalSegmentation.forward).parameters)
+    assert parameters[1:4] == ["pixel_values", "mask_labels", "class_labels"]
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_return_dict_false_gives_the_same_values(with_labels):
+    model, given = tiny_model(), labels() if with_labels else {}
+    torch.manual_seed(0)
+    expected = model(pixels(), **given).to_tuple()
+    torch.manual_seed(0)
+    actual = model(pixels(), **given, return_dict=False)
+    assert isinstance(actual, tuple) and len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_only_the_last_masks_are_kept_at_inference():
+    output = tiny_model()(pixels())
+    assert output.auxiliary_logits is None and output.attentions is None and output.loss is None
+    assert all(isinstance(value, torch.Tensor) and len(value) == 2 for value in output.values())
+
+
+def test_hidden_states_and_attentions_through_the_config():
+    model = tiny_model()
+    model.set_attn_implementation("eager")  # transformers refuses the next lines otherwise
+    model.config.output_hidden_states = True
+    model.config.output_attentions = True
+    output = model(pixels())
+    assert output.encoder_hidden_states and output.attentions
+
+
+def test_hidden_states_and_attentions_keep_their_gradients():
+    model = tiny_model().train()
+    output = model(pixels(), output_hidden_states=True, output_attentions=True)
+    watched = [
+        output.encoder_hidden_states[0],
+        output.pixel_decoder_hidden_states[0],
+        output.transformer_decoder_hidden_states[0],
+        output.transformer_decoder_hidden_states[-1],
+        output.attentions[0],
+        output.cross_attentions[0],
+    ]
+    for tensor in watched:
+        tensor.retain_grad()
+    (output.class_queries_logits.sum() + output.masks_queries_logits.sum()).backward()
+    assert all(tensor.grad is not None for tensor in watched)
+
+
+# -- training
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_every_parameter_gets_a_gradient(changes):
+    model = tiny_model(**changes).train()
+    model(pixels(), **labels()).loss.backward()
+    missing = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.grad is None and "swin.layernorm" not in name
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize("auxiliary", [True, False])
+def test_loss_is_the_weighted_sum_of_its_terms(auxiliary):
+    model = tiny_model(use_auxiliary_loss=auxiliary)
+    output = model(pixels(), **labels())
+    weights = {"loss_cross_entropy": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
+    expected = sum(weights[key.rstrip("_0123456789")] * value for key, value in output.loss_dict.items())
+    torch.testing.assert_close(output.loss, expected)
+    assert len(output.loss_dict) == (15 if auxiliary else 3)
+
+
+def test_loss_falls_when_trained():
+    torch.manual_seed(0)
+    model = ProScaleMask2FormerForUniversalSegmentation(tiny_config()).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(30):
+        loss = model(pixels(), **labels()).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("objects", [(0, 0), (0, 2), (12, 1)])
+def test_no_objects_and_more_objects_than_queries_train(objects):
+    model = tiny_model().train()
+    loss = model(pixels(), **labels(objects)).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert model.class_predictor.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(use_reentrant):
+    plain = tiny_model().train()
+    checkpointed = copy.deepcopy(plain)
+    enable = getattr(
+        checkpointed, "activation_checkpointing_enable", checkpointed.gradient_checkpointing_enable
+    )
+    enable({"use_reentrant": use_reentrant})
+    assert checkpointed.is_gradient_checkpointing
+    images = pixels().requires_grad_()
+    for model in (plain, checkpointed):
+        torch.manual_seed(0)
+        model(images, **labels()).loss.backward()
+    for (name, a), (_, b) in zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_backbone_batch_norm_is_frozen_on_request(freeze):
+    model = tiny_model(backbone_config=TINY_RESNET, freeze_backbone_batch_norm=freeze).train()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [norm.running_mean.clone() for norm in norms]
+    model(pixels(), **labels()).loss.backward()
+    changed = [not torch.equal(a, norm.running_mean) for a, norm in zip(before, norms, strict=True)]
+    assert norms and all(changed) is not freeze and any(changed) is not freeze
+    assert all((norm.weight.grad is None) is freeze for norm in norms)
+
+
+def test_frozen_batch_norm_survives_loading(tmp_path):
+    tiny_model(backbone_config=TINY_RESNET).save_pretrained(tmp_path)
+    model = ProScaleMask2FormerForUniversalSegmentation.from_pretrained(tmp_path).train()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert not any(norm.training or norm.weight.requires_grad for norm in norms)
+
+
+# -- padding
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_an_image_does_not_depend_on_its_batch_mates(changes):
+    model = tiny_model(**changes)
+    pixel_values, pixel_mask, sizes = mixed_batch()
+    together = logits_of(model, pixel_values, pixel_mask=pixel_mask)
+    for i, (height, width) in enumerate(sizes):
+        height, width = -(-height // 32) * 32, -(-width // 32) * 32
+        alone = logits_of(
+            model,
+            pixel_values[i : i + 1, :, :height, :width],
+            pixel_mask=pixel_mask[i : i + 1, :height, :width],
+        )
+        assert difference(together[0][i], alone[0][0]) < 1e-4
+        assert difference(together[1][i, :, : height // 4, : width // 4], alone[1][0]) < 1e-4
+        # resized as post-processing does, the image's border must not see what lies beyond
+        upsampled = nn.functional.interpolate(together[1][i : i + 1], size=(64, 128), mode="bilinear")
+        expected = nn.functional.interpolate(alone[1], size=(height, width), mode="bilinear")
+        assert difference(upsampled[..., :height, :width], expected) < 1e-4
+
+
+def test_padding_counts_as_image_when_not_masked():
+    model = tiny_model(mask_padding=False)
+    pixel_values, pixel_mask, _ = mixed_batch()
+    with_mask = logits_of(model, pixel_values, pixel_mask=pixel_mask)
+    without = logits_of(model, pixel_values)
+    assert difference(with_mask[0], without[0]) == 0
+    assert difference(with_mask[0], logits_of(tiny_model(), pixel_values, pixel_mask=pixel_mask)[0]) > 1e-3
+
+
+def test_loss_does_not_look_at_padding():
+    model = tiny_model(train_num_points=2000)
+    pixel_values, pixel_mask, sizes = mixed_batch()
+    given = labels((2, 2, 2), 64, 64)
+    given["mask_labels"] = [
+        nn.functional.pad(masks[:, :50], (0, 64, 0, 14)) for masks in given["mask_labels"]
+    ]
+    torch.manual_seed(0)
+    clean = model(pixel_values, pixel_mask=pixel_mask, **given).loss
+    for masks, (height, width) in zip(given["mask_labels"], sizes, strict=True):
+        masks[:, height + 1 :] = 1
+        masks[:, :, width + 1 :] = 1
+    torch.manual_seed(0)
+    torch.testing.assert_close(model(pixel_values, pixel_mask=pixel_mask, **given).loss, clean)
+
+
+def test_image_sizes_come_from_the_pixel_mask():
+    pixel_values, pixel_mask, sizes = mixed_batch()
+    assert tiny_model()(pixel_values, pixel_mask=pixel_mask).image_sizes.tolist() == [
+        list(size) for size in sizes
+    ]
+
+
+# -- types, attention implementations, compilation
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_weights(dtype):
+    reference = tiny_model()
+    model = copy.deepcopy(reference).to(dtype)
+    output = model(pixels(), **labels())
+    assert output.class_queries_logits.dtype == output.masks_queries_logits.dtype == dtype
+    assert output.loss.isfinite()
+    assert difference(output.class_queries_logits, reference(pixels()).class_queries_logits) < 0.2
+
+
+def test_autocast_trains():
+    model = tiny_model().train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(pixels(), **labels()).loss
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.isfinite()
+
+
+def test_sampling_locations_stay_float32():
+    model = tiny_model().to(torch.bfloat16)
+    seen = []
+    for module in model.modules():
+        if type(module).__name__ == "MultiScaleDeformableAttention":
+            module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[4].dtype))
+    model(pixels().to(torch.bfloat16))
+    assert seen and set(seen) == {torch.float32}
+
+
+def test_sdpa_equals_eager():
+    model = tiny_model()
+    results = {}
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        assert model.config._attn_implementation == implementation
+        results[implementation] = logits_of(model, *mixed_batch()[:1], pixel_mask=mixed_batch()[1])
+    for a, b in zip(results["eager"], results["sdpa"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_sdpa_is_the_default():
+    assert tiny_model().config._attn_implementation == "sdpa"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoder", sorted(ENCODER_CLASSES))
+def test_compiles_without_a_graph_break(encoder):
+    model = tiny_model(encoder=encoder)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    pixel_mask = torch.ones(2, 64, 96, dtype=torch.int64)
+    for given in ({}, {"pixel_mask": pixel_mask}):
+        for a, b in zip(
+            logits_of(model, pixels(), **given), logits_of(compiled, pixels(), **given), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_exports():
+    model = tiny_model()
+    program = torch.export.export(model, (pixels(),), strict=False)
+    exported = program.module()(pixels(seed=5))
+    for a, b in zip(logits_of(model, pixels(seed=5)), exported.to_tuple()[:2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# -- weights: initial values, saving, loading
+
+
+def test_initial_values(tmp_path):
+    torch.manual_seed(0)
+    model = ProScaleMask2FormerForUniversalSegmentation(tiny_config())
+    for module in model.modules():
+        if isinstance(module, SamplingOffsets):
+            heads, levels, points, _ = module.shape
+            ring = module.bias.view(heads, levels, points, 2)
+            distance = torch.arange(1.0, points + 1).expand(heads, levels, points)
+            torch.testing.assert_close(ring.abs().amax(-1), distance)
+            assert module.weight.abs().max() == 0
+            torch.testing.assert_close(ring[0, 0, 0], torch.tensor([1.0, 0.0]))
+        elif isinstance(module, AttentionLogits):
+            assert module.weight.abs().max() == 0 and module.bias.abs().max() == 0
+        elif isinstance(module, MaskedCrossAttention):
+            assert abs(module.in_proj_weight.std() - (2 / (4 * 32)) ** 0.5) < 0.01
+        elif isinstance(module, MaskEmbedderLinear):
+            assert 0.8 / 32**0.5 < module.weight.abs().max() <= 1 / 32**0.5
+    layer = model.model.transformer_module.decoder.layers[0]
+    assert abs(layer.fc1.weight.std() - (2 / (32 + 48)) ** 0.5) < 0.02
+    assert abs(model.model.transformer_module.queries_features.weight.std() - 1) < 0.2
+    assert model.model.pixel_level_module.decoder.level_embed.std() > 0.5
+    assert model.criterion.empty_weight.tolist() == pytest.approx([1, 1, 1, 1, 0.1])
+
+
+def test_initial_values_reach_what_a_checkpoint_lacks(tmp_path):
+    """Models are built without memory and filled later: every missing tensor must be initialised then."""
+    model = tiny_model()
+    model.model.save_pretrained(tmp_path)
+    loaded = ProScaleMask2FormerForUniversalSegmentation.from_pretrained(tmp_path)
+    assert loaded.criterion.empty_weight.tolist() == pytest.approx([1, 1, 1, 1, 0.1])
+    assert 0.01 < loaded.class_predictor.weight.std() < 0.03
+    torch.testing.assert_close(
+        loaded.model.transformer_module.level_embed.weight, model.model.transformer_module.level_embed.weight
+    )
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_saved_and_loaded_is_the_same(tmp_path, changes):
+    model = tiny_model(**changes)
+    model.save_pretrained(tmp_path)
+    loaded, report = ProScaleMask2FormerForUniversalSegmentation.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    for a, b in zip(logits_of(model, pixels()), logits_of(loaded, pixels()), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_other_classes_resize_head_and_loss(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    model = ProScaleMask2FormerForUniversalSegmentation.from_pretrained(
+        tmp_path, id2label={0: "cat", 1: "dog"}, ignore_mismatched_sizes=True
+    )
+    assert model.class_predictor.weight.shape[0] == 3
+    assert model.criterion.empty_weight.tolist() == pytest.approx([1, 1, 0.1])
+    model(pixels(), **labels(num_labels=2)).loss.backward()
+
+
+def test_auto_classes(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is ProScaleMask2FormerConfig
+    assert type(AutoModel.from_pretrained(tmp_path)) is ProScaleMask2FormerModel
+    for auto_class in (AutoModelForUniversalSegmentation, AutoModelForInstanceSegmentation):
+        assert type(auto_class.from_pretrained(tmp_path)) is ProScaleMask2FormerForUniversalSegmentation
+    assert type(AutoModelForUniversalSegmentation.from_config(model.config)) is type(model)
+    assert isinstance(model, ProScaleMask2FormerPreTrainedModel)
+
+
+def test_import_is_light():
+    code = "import sys, proscale_hf; print('torchvision' in sys.modules, 'timm' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False"] * 2
+
+
+# -- other implementations
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_agrees_with_mask2former_of_transformers(pre_norm):
+    model = tiny_model(
+        encoder="mask2former",
+        pixel_embedding="conv",
+        token_recalibration="none",
+        mask_padding=False,
+        pre_norm=pre_norm,
+        num_attention_heads=8,
+    )
+    names = set(inspect.signature(Mask2FormerConfig).parameters)
+    shared = {
+        name: value
+        for name, value in model.config.to_dict().items()
+        if name in names and name != "model_type"
+    }
+    reference = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**shared)).eval()
+    reference.load_state_dict(model.state_dict())
+    for a, b in zip(logits_of(model, pixels()), logits_of(reference, pixels()), strict=True):
+        assert difference(a, b) < 1e-4 and a.std() > 0.1
+
+
+def test_timm_backbone():
+    pytest.importorskip("timm")
+    backbone = {"model_type": "timm_backbone", "backbone": "mvitv2_tiny", "out_indices": [0, 1, 2, 3]}
+    model = tiny_model(backbone_config=backbone)
+    assert model(pixels(1)).masks_queries_logits.shape == (1, 7, 16, 24)
+
+
+# -- wrong input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pixel_values": torch.zeros(0, 3, 64, 64)}, "not empty"),
+        ({"pixel_values": torch.zeros(3, 64, 64)}, "batch, channels, height, width"),
+        ({"pixel_values": pixels(), "pixel_mask": torch.ones(2, 64, 64)}, "pixel_mask"),
+        ({"pixel_values": pixels(), "mask_labels": labels()["mask_labels"]}, "belong together"),
+        ({"pixel_values": pixels(), **labels((1,))}, "one entry per image"),
+        ({"pixel_values": pixels(), **labels(num_labels=9, seed=3)}, "classes 0 to 3"),
+    ],
+)
+def test_wrong_input_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        tiny_model()(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_backbone_with_too_few_maps_is_refused():
+    with pytest.raises(ValueError, match="feature maps"):
+        tiny_model(backbone_config={**TINY_RESNET, "out_features": ["stage3", "stage4"]})
