@@ -16,9 +16,11 @@ from typing import Any
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForImageSegmentation,
     AutoModelForInstanceSegmentation,
     AutoModelForUniversalSegmentation,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
 from .configuration_proscale_mask2former import ProScaleMask2FormerConfig
@@ -33,8 +35,15 @@ def register_with_auto_classes() -> None:
     base = LazyModelClass("ProScaleMask2FormerModel")
     segmenter = LazyModelClass("ProScaleMask2FormerForUniversalSegmentation")
     AutoModel.register(ProScaleMask2FormerConfig, base, exist_ok=True)
-    for auto_class in (AutoModelForUniversalSegmentation, AutoModelForInstanceSegmentation):
+    segmentation_classes = (
+        AutoModelForUniversalSegmentation,
+        AutoModelForInstanceSegmentation,
+        AutoModelForImageSegmentation,  # what `pipeline("image-segmentation")` loads with
+    )
+    for auto_class in segmentation_classes:
         auto_class.register(ProScaleMask2FormerConfig, segmenter, exist_ok=True)
+    # pipelines look names up here, and warn about those that are missing
+    MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES[ProScaleMask2FormerConfig.model_type] = segmenter.__name__
 
     if AUTO_IMAGE_PROCESSOR_MODULE in sys.modules:
         register_image_processors(sys.modules[AUTO_IMAGE_PROCESSOR_MODULE])
