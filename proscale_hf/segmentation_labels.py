@@ -59,7 +59,7 @@ def make_labels(
     count = len(sizes)
     map_dimensions = 3 if class_labels is not None or segments_info is not None else 2
     if not isinstance(segmentation_maps, list | tuple):
-        batched = getattr(segmentation_maps, "ndim", 0) > map_dimensions
+        batched = getattr(segmentation_maps, "ndim", 0) > map_dimensions and len(segmentation_maps) == count
         segmentation_maps = list(segmentation_maps) if batched else [segmentation_maps]
     maps = [_integer_array(item) for item in segmentation_maps]
     if len(maps) != count:
