@@ -344,7 +344,6 @@ class ProScaleMask2FormerForUniversalSegmentation(ProScaleMask2FormerPreTrainedM
         output_auxiliary_logits: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs,
     ) -> ProScaleMask2FormerForUniversalSegmentationOutput | tuple:
         """
         Args:

@@ -329,11 +329,13 @@ def test_compiles_without_a_graph_break(encoder):
 
 
 @pytest.mark.slow
-def test_exports():
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_exports(with_mask):
     model = tiny_model()
-    program = torch.export.export(model, (pixels(),), strict=False)
-    exported = program.module()(pixels(seed=5))
-    for a, b in zip(logits_of(model, pixels(seed=5)), exported.to_tuple()[:2], strict=True):
+    given = {"pixel_mask": torch.ones(2, 64, 96, dtype=torch.int64)} if with_mask else {}
+    program = torch.export.export(model, (pixels(),), given, strict=False)
+    exported = program.module()(pixels(seed=5), **given)
+    for a, b in zip(logits_of(model, pixels(seed=5), **given), exported.to_tuple()[:2], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
