@@ -75,9 +75,7 @@ def convert_checkpoint(
     return model.eval(), processor_class(label_ids_to_fuse=list(stuff_ids), **processor_settings)
 
 
-def save(
-    model: ProScaleMask2FormerForUniversalSegmentation, image_processor: BaseImageProcessor, output: Path
-) -> None:
+def save(model: ProScaleMask2FormerForUniversalSegmentation, image_processor: BaseImageProcessor, output: Path) -> None:
     """Write both into the folder `output`, completely or not at all."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as workspace:

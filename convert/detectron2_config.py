@@ -15,6 +15,7 @@ import yaml
 
 from . import ConversionError
 
+
 BASE_KEY = "_BASE_"
 CONFIG_ROOT_NAME = "configs"  # what detectron2 projects call the folder of all their configurations
 
@@ -266,9 +267,7 @@ def model_settings(config: Detectron2Config) -> dict[str, Any]:
     config.choose("MODEL.SEM_SEG_HEAD.NORM", {"GN": None})
     config.choose("MODEL.SEM_SEG_HEAD.COMMON_STRIDE", {4: None})
     config.choose("MODEL.SEM_SEG_HEAD.IN_FEATURES", {("res2", "res3", "res4", "res5"): None})
-    config.choose(
-        "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES", {("res3", "res4", "res5"): None}
-    )
+    config.choose("MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES", {("res3", "res4", "res5"): None})
     config.choose("MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME", {"MultiScaleMaskedTransformerDecoder": None})
     config.choose("MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE", {"multi_scale_pixel_decoder": None})
     encoder_settings = config.choose(

@@ -141,9 +141,7 @@ OLD_NAMES = (
 )
 
 # Source tensors that follow from the configuration.
-DERIVED = re.compile(
-    r"criterion\.empty_weight|pixel_(mean|std)|.*\.(relative_position_index|num_batches_tracked)"
-)
+DERIVED = re.compile(r"criterion\.empty_weight|pixel_(mean|std)|.*\.(relative_position_index|num_batches_tracked)")
 # Target tensors that no checkpoint has: derived ones, and Swin's last norm, which a Swin backbone never uses.
 WITHOUT_SOURCE = re.compile(r"criterion\.empty_weight|.*\.num_batches_tracked|.*\.swin\.layernorm\.[a-z]+")
 # The convolutions that read the image, whose input channels are the image's.

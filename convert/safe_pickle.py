@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import ConversionError
 
+
 ZIP_START = b"PK\x03\x04"
 OLD_TORCH_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # a number that stands for the format
 

@@ -206,9 +206,7 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
     def _check_values(self) -> None:
         _check_choice("encoder", self.encoder, ENCODERS)
         _check_choice("token_recalibration", self.token_recalibration, TOKEN_RECALIBRATIONS)
-        _check_choice(
-            "token_recalibration_layout", self.token_recalibration_layout, TOKEN_RECALIBRATION_LAYOUTS
-        )
+        _check_choice("token_recalibration_layout", self.token_recalibration_layout, TOKEN_RECALIBRATION_LAYOUTS)
         _check_choice("pixel_embedding", self.pixel_embedding, PIXEL_EMBEDDINGS)
 
         strides = list(self.feature_strides)
@@ -245,9 +243,7 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
             ("hidden_dim", self.num_attention_heads, "`num_attention_heads`"),
         ):
             if divisor < 1 or getattr(self, name) % divisor or getattr(self, name) < 1:
-                raise ValueError(
-                    f"`{name}` ({getattr(self, name)}) must be a multiple of {divisor}, {reason}."
-                )
+                raise ValueError(f"`{name}` ({getattr(self, name)}) must be a multiple of {divisor}, {reason}.")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -17,13 +17,9 @@ class Mask2FormerEncoder(nn.Module):
     def __init__(self, config: ProScaleMask2FormerConfig):
         super().__init__()
         num_levels = len(config.encoder_strides)
-        self.layers = nn.ModuleList(
-            DeformableEncoderLayer(config, num_levels) for _ in range(config.encoder_layers)
-        )
+        self.layers = nn.ModuleList(DeformableEncoderLayer(config, num_levels) for _ in range(config.encoder_layers))
 
-    def forward(
-        self, feature_maps: list[torch.Tensor], position_embeddings: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
+    def forward(self, feature_maps: list[torch.Tensor], position_embeddings: list[torch.Tensor]) -> list[torch.Tensor]:
         """
         Args:
             feature_maps: (batch, channels, height, width) each, coarse to fine.

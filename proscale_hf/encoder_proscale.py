@@ -30,13 +30,9 @@ class ProScaleEncoder(nn.Module):
             for stage, (start, end) in enumerate(self.stages)
             for _ in range(start, end)
         )
-        self.token_recalibration = (
-            None if config.token_recalibration == "none" else TokenRecalibration(config)
-        )
+        self.token_recalibration = None if config.token_recalibration == "none" else TokenRecalibration(config)
 
-    def forward(
-        self, feature_maps: list[torch.Tensor], position_embeddings: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
+    def forward(self, feature_maps: list[torch.Tensor], position_embeddings: list[torch.Tensor]) -> list[torch.Tensor]:
         """
         Args:
             feature_maps: (batch, channels, height, width) each, coarse to fine (s4, s3, s2 in the paper).

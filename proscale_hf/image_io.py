@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from .image_pixels import read_pixels
+
 
 PICTURE_FORMATS = {
     ".png": "PNG",
@@ -49,7 +52,8 @@ def load_image(path: str | os.PathLike) -> Image.Image:
             warnings.simplefilter("ignore")  # e.g. odd metadata; what matters is whether the pixels can be read
             with Image.open(path) as image:
                 image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+                pixels = read_pixels(image, 3, None, name=str(path))  # (channels, height, width)
+                return Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)))
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image that Pillow can read; give a PNG, JPEG, WebP or TIFF file") from None
     except Image.DecompressionBombError:
@@ -122,18 +126,3 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], object]) ->
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        pixels = np.asarray(image, dtype=np.uint16)
-        image = Image.fromarray((pixels / 257).round().astype(np.uint8))
-    elif image.mode in ("I", "F"):  # no fixed range: spread what is there over black to white
-        pixels = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
-        spread = np.ptp(pixels) or 1.0
-        image = Image.fromarray(((pixels - pixels.min()) / spread * 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")

@@ -38,9 +38,7 @@ def read_pixels(image: Any, channels: int | None, input_data_format: Any, name: 
     elif isinstance(image, np.ndarray | torch.Tensor):
         array = _array_pixels(image, channels, input_data_format, name)
     else:
-        raise ValueError(
-            f"{name} is a {type(image).__name__}: give a PIL image, a path, a URL, an array or a tensor"
-        )
+        raise ValueError(f"{name} is a {type(image).__name__}: give a PIL image, a path, a URL, an array or a tensor")
     if 0 in array.shape:
         raise ValueError(f"{name} is empty: its shape is {array.shape}")
     return array if array.dtype == np.uint8 else array.astype(np.float32, copy=False)
@@ -74,18 +72,14 @@ def _array_pixels(
     image: np.ndarray | torch.Tensor, channels: int | None, input_data_format: Any, name: str
 ) -> np.ndarray:
     if image.ndim not in (2, 3):
-        raise ValueError(
-            f"{name} has {image.ndim} dimensions: give (height, width), with or without channels"
-        )
+        raise ValueError(f"{name} has {image.ndim} dimensions: give (height, width), with or without channels")
     is_tensor = isinstance(image, torch.Tensor)
     if is_tensor:
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()
     if image.ndim == 2:
         image = image[None]
-    elif (
-        input_data_format or _channel_format(image, channels or 3, is_tensor, name)
-    ) == ChannelDimension.LAST:
+    elif (input_data_format or _channel_format(image, channels or 3, is_tensor, name)) == ChannelDimension.LAST:
         image = np.moveaxis(image, -1, 0)
     if image.dtype == np.uint16:
         image = _to_8_bit(image)
@@ -110,9 +104,7 @@ def _channel_format(image: np.ndarray, channels: int, is_tensor: bool, name: str
         if first or last:
             # where both could be, each library's own convention decides
             return ChannelDimension.FIRST if first and (is_tensor or not last) else ChannelDimension.LAST
-    raise ValueError(
-        f"{name} has shape {image.shape}, in which neither the first nor the last axis can be channels"
-    )
+    raise ValueError(f"{name} has shape {image.shape}, in which neither the first nor the last axis can be channels")
 
 
 def _to_8_bit(values: np.ndarray) -> np.ndarray:

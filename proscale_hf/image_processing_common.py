@@ -190,9 +190,7 @@ class SegmentationImageProcessorMixin:
         if not return_segmentation_scores:
             return results
         return [
-            SemanticSegmentationPostProcessorOutput(
-                {"segmentation": label_map, "segmentation_scores": scores}
-            )
+            SemanticSegmentationPostProcessorOutput({"segmentation": label_map, "segmentation_scores": scores})
             for label_map, scores in results
         ]
 
@@ -296,8 +294,7 @@ class SegmentationImageProcessorMixin:
         if do_convert_rgb:
             channels = len(image_mean) if isinstance(image_mean, Sequence) else 3
         images = [
-            read_pixels(image, channels, input_data_format, name=f"image {index}")
-            for index, image in enumerate(images)
+            read_pixels(image, channels, input_data_format, name=f"image {index}") for index, image in enumerate(images)
         ]
         original_sizes = [image.shape[1:] for image in images]
         sizes = [resized_size(original, size) if do_resize else original for original in original_sizes]
@@ -309,9 +306,7 @@ class SegmentationImageProcessorMixin:
         tensor_type = return_tensors or ("np" if self.backend == "pil" else "pt")
         batch = BatchFeature(
             {
-                "pixel_values": self._normalized_batch(
-                    images, sizes, padded_size, device=device, **pixel_kwargs
-                ),
+                "pixel_values": self._normalized_batch(images, sizes, padded_size, device=device, **pixel_kwargs),
                 "pixel_mask": self._from_numpy(pixel_mask, device),
             },
             tensor_type=tensor_type,
@@ -386,9 +381,7 @@ def resized_size(image_size: Size, size: SizeDict) -> Size:
     elif size.max_height and size.max_width:
         height, width = _scaled(height, width, min(size.max_height / height, size.max_width / width))
     else:
-        raise ValueError(
-            f"`size` needs shortest_edge, longest_edge, height + width or max_height + max_width: {size}"
-        )
+        raise ValueError(f"`size` needs shortest_edge, longest_edge, height + width or max_height + max_width: {size}")
     return max(1, int(height + 0.5)), max(1, int(width + 0.5))
 
 

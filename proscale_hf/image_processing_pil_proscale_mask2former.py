@@ -48,10 +48,7 @@ class ProScaleMask2FormerImageProcessorPil(SegmentationImageProcessorMixin, PilB
         for target, image, (height, width) in zip(batch, images, sizes, strict=True):
             if image.shape[1:] != (height, width):
                 image = np.stack(
-                    [
-                        np.asarray(Image.fromarray(channel).resize((width, height), resample))
-                        for channel in image
-                    ]
+                    [np.asarray(Image.fromarray(channel).resize((width, height), resample)) for channel in image]
                 )
             if do_rescale:
                 image = self.rescale(image, rescale_factor)

@@ -91,18 +91,14 @@ class UniversalSegmentationLoss(nn.Module):
             Per image (3, matches) int64: prediction, query and object of each match.
         """
         costs = [
-            self.matching_cost(
-                class_logits[:, i], mask_logits[:, i], mask_labels[i], class_labels[i], image_extents[i]
-            )
+            self.matching_cost(class_logits[:, i], mask_logits[:, i], mask_labels[i], class_labels[i], image_extents[i])
             for i in range(class_logits.shape[1])
         ]
         on_host = torch.cat([cost.flatten() for cost in costs]).cpu()
         matches = []
         for cost, flat in zip(costs, on_host.split([cost.numel() for cost in costs]), strict=True):
             triples = [
-                torch.stack(
-                    (torch.full((len(queries),), prediction), *map(torch.as_tensor, (queries, objects)))
-                )
+                torch.stack((torch.full((len(queries),), prediction), *map(torch.as_tensor, (queries, objects))))
                 for prediction, matrix in enumerate(flat.view(cost.shape).numpy())
                 for queries, objects in [linear_sum_assignment(matrix)]
             ]
@@ -131,16 +127,10 @@ class UniversalSegmentationLoss(nn.Module):
         """
         config = self.config
         predictions, queries = class_logits.shape[:2]
-        points = torch.rand((1, config.train_num_points, 2), device=class_logits.device) * image_extent.flip(
-            0
-        )
-        logits = sample_maps(mask_logits.flatten(0, 1).unsqueeze(0), points)[
-            0
-        ]  # (predictions * queries, points)
+        points = torch.rand((1, config.train_num_points, 2), device=class_logits.device) * image_extent.flip(0)
+        logits = sample_maps(mask_logits.flatten(0, 1).unsqueeze(0), points)[0]  # (predictions * queries, points)
         objects = torch.arange(len(class_labels), device=points.device)
-        targets, counted = sample_labels(
-            mask_labels, objects, points, config.ignore_value
-        )  # (objects, points)
+        targets, counted = sample_labels(mask_labels, objects, points, config.ignore_value)  # (objects, points)
 
         inside = (targets * counted).T  # (points, objects)
         counted = counted.T
@@ -179,9 +169,7 @@ class UniversalSegmentationLoss(nn.Module):
         image = torch.cat([torch.full_like(m[0], i) for i, m in enumerate(matches)])
         prediction, query, _ = torch.cat(matches, dim=1)
         if len(image) == 0:
-            nothing = (
-                mask_logits.flatten(1).sum(1) * 0
-            )  # keeps the graph, so that every parameter gets a gradient
+            nothing = mask_logits.flatten(1).sum(1) * 0  # keeps the graph, so that every parameter gets a gradient
             return nothing, nothing
         masks = mask_logits[prediction, image, query].unsqueeze(1)  # (matches, 1, height, width)
         points = self.sample_points(masks.detach(), image_extents[image].flip(1)[:, None])
@@ -189,9 +177,7 @@ class UniversalSegmentationLoss(nn.Module):
         targets, counted = zip(
             *(
                 sample_labels(labels, m[2], p, self.config.ignore_value)
-                for labels, m, p in zip(
-                    mask_labels, matches, points.split([m.shape[1] for m in matches]), strict=True
-                )
+                for labels, m, p in zip(mask_labels, matches, points.split([m.shape[1] for m in matches]), strict=True)
             ),
             strict=True,
         )
@@ -203,9 +189,7 @@ class UniversalSegmentationLoss(nn.Module):
         inside = targets * counted
         dice = 1 - (2 * (probabilities * inside).sum(1) + 1) / (probabilities.sum(1) + inside.sum(1) + 1)
         per_prediction = mask_logits.new_zeros((2, len(mask_logits)))
-        return (
-            per_prediction.index_add(1, prediction, torch.stack((cross_entropy, dice))) / num_masks
-        ).unbind()
+        return (per_prediction.index_add(1, prediction, torch.stack((cross_entropy, dice))) / num_masks).unbind()
 
     @torch.no_grad()
     def sample_points(self, masks: torch.Tensor, extents: torch.Tensor) -> torch.Tensor:
@@ -225,9 +209,7 @@ class UniversalSegmentationLoss(nn.Module):
         logits = sample_maps(masks, points).squeeze(1)  # (masks, candidates)
         chosen = logits.abs().topk(uncertain, dim=1, largest=False, sorted=False).indices
         points = points.gather(1, chosen.unsqueeze(-1).expand(-1, -1, 2))
-        others = (
-            torch.rand((len(masks), config.train_num_points - uncertain, 2), device=masks.device) * extents
-        )
+        others = torch.rand((len(masks), config.train_num_points - uncertain, 2), device=masks.device) * extents
         return torch.cat((points, others), dim=1)
 
     @staticmethod
@@ -274,8 +256,7 @@ def pad_to_common_size(mask_labels: list[torch.Tensor]) -> list[torch.Tensor]:
     height = max(masks.shape[-2] for masks in mask_labels)
     width = max(masks.shape[-1] for masks in mask_labels)
     return [
-        nn.functional.pad(masks, (0, width - masks.shape[-1], 0, height - masks.shape[-2]))
-        for masks in mask_labels
+        nn.functional.pad(masks, (0, width - masks.shape[-1], 0, height - masks.shape[-2])) for masks in mask_labels
     ]
 
 

@@ -76,9 +76,7 @@ class MaskDecoder(nn.Module):
         """
         batch = mask_features.shape[0]
         memories = [
-            self._memory(
-                level, feature_map, mask_features, None if valid_sizes is None else valid_sizes[level]
-            )
+            self._memory(level, feature_map, mask_features, None if valid_sizes is None else valid_sizes[level])
             for level, feature_map in enumerate(multi_scale_features)
         ]
         return self.decoder(
@@ -250,9 +248,7 @@ class MaskedAttentionLayer(GradientCheckpointingLayer):
         hidden_states, cross_weights = self._block(
             hidden_states,
             self.cross_attn_layer_norm,
-            lambda x: self.cross_attn(
-                x, query_positions, memory, memory_positions, attend, output_attentions
-            ),
+            lambda x: self.cross_attn(x, query_positions, memory, memory_positions, attend, output_attentions),
         )
         hidden_states, self_weights = self._block(
             hidden_states,

@@ -55,7 +55,7 @@ class ProScaleMask2FormerModelOutput(ModelOutput):
 
 @dataclass
 class ProScaleMask2FormerForUniversalSegmentationOutput(ModelOutput):
-    """Output of [`ProScaleMask2FormerForUniversalSegmentation`]; the image processor's `post_process_*` methods take it.
+    """Output of [`ProScaleMask2FormerForUniversalSegmentation`], for the image processor's `post_process_*` methods.
 
     Attributes:
         loss: scalar, with labels.
@@ -164,12 +164,11 @@ class PixelLevelModule(nn.Module):
             target = math.ceil(height / stride), math.ceil(width / stride)
             return torch.cat([pad_map(feature_map, target, mode) for feature_map in maps])[place]
 
-        coarse_to_fine = self.strides[:0:-1]
+        fine_to_coarse = zip(*(o.backbone_maps for o in outputs), strict=True)
+        coarse_to_fine = zip(*(o.multi_scale_features for o in outputs), strict=True)
         return PixelLevelModuleOutput(
-            backbone_maps=tuple(map(batched, zip(*(o.backbone_maps for o in outputs)), self.strides)),
-            multi_scale_features=tuple(
-                map(batched, zip(*(o.multi_scale_features for o in outputs)), coarse_to_fine)
-            ),
+            backbone_maps=tuple(map(batched, fine_to_coarse, self.strides)),
+            multi_scale_features=tuple(map(batched, coarse_to_fine, self.strides[:0:-1])),
             mask_features=batched([o.mask_features for o in outputs], self.strides[0], mode="replicate"),
         )
 
@@ -277,9 +276,7 @@ class ProScaleMask2FormerModel(ProScaleMask2FormerPreTrainedModel):
             ValueError: empty batch or sizes that do not agree.
         """
         config = self.config
-        output_hidden_states = (
-            config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        )
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         return_dict = config.return_dict if return_dict is None else return_dict
         check_pixels(pixel_values, pixel_mask)
@@ -396,9 +393,7 @@ class ProScaleMask2FormerForUniversalSegmentation(ProScaleMask2FormerPreTrainedM
             extents = None
             if image_sizes is not None and config.mask_padding:
                 extents = image_sizes / torch.tensor(pixel_mask.shape[-2:], device=image_sizes.device)
-            loss_dict = self.criterion(
-                class_logits[first:], mask_logits[first:], mask_labels, class_labels, extents
-            )
+            loss_dict = self.criterion(class_logits[first:], mask_logits[first:], mask_labels, class_labels, extents)
             loss = self.weighted_sum(loss_dict)
         if output_auxiliary_logits:
             auxiliary_logits = [

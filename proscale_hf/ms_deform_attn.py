@@ -56,9 +56,7 @@ class MultiScaleDeformableAttention(nn.Module):
         level_values = value.split([height * width for height, width in value_spatial_shapes_list], dim=1)
         for level, (height, width) in enumerate(value_spatial_shapes_list):
             # (batch, height * width, heads, head_dim) -> (batch * heads, head_dim, height, width)
-            level_map = (
-                level_values[level].permute(0, 2, 3, 1).reshape(batch * heads, head_dim, height, width)
-            )
+            level_map = level_values[level].permute(0, 2, 3, 1).reshape(batch * heads, head_dim, height, width)
             # (batch, queries, heads, points, 2) -> (batch * heads, queries, points, 2)
             grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
             # (batch, queries, heads, points) -> (batch * heads, 1, queries, points)

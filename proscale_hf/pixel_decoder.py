@@ -40,9 +40,7 @@ class PixelDecoder(nn.Module):
         channels = config.feature_size
         finest_channels, *encoder_channels = backbone_channels
         self.input_projections = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(in_channels, channels, kernel_size=1), nn.GroupNorm(NORM_GROUPS, channels)
-            )
+            nn.Sequential(nn.Conv2d(in_channels, channels, kernel_size=1), nn.GroupNorm(NORM_GROUPS, channels))
             for in_channels in reversed(encoder_channels)
         )
         self.level_embed = nn.Parameter(torch.zeros(len(encoder_channels), channels))

@@ -208,9 +208,7 @@ class _QueryMasks:
             (self.padded_size[axis], self.image_size[axis]),
             (self.target_size[axis], self.target_size[axis]),
         ):
-            images = functional.interpolate(
-                images, size=along_axis(length), mode="bilinear", align_corners=False
-            )
+            images = functional.interpolate(images, size=along_axis(length), mode="bilinear", align_corners=False)
             images = images.narrow(axis + 2, 0, crop)
         return images[0]
 
@@ -231,9 +229,7 @@ def _images(
         if image_size[0] > padded_size[0] or image_size[1] > padded_size[1]:
             raise ValueError(f"image size {image_size} does not fit into the padded size {padded_size}")
     if class_queries_logits.isnan().any() or masks_queries_logits.isnan().any():
-        raise ValueError(
-            "the model's logits hold NaN: check its weights (or its precision) before post-processing"
-        )
+        raise ValueError("the model's logits hold NaN: check its weights (or its precision) before post-processing")
 
     for class_logits, mask_logits, image_size, target_size in zip(
         class_queries_logits, masks_queries_logits, image_sizes, target_sizes, strict=True
@@ -248,9 +244,7 @@ def _as_sizes(sizes: Sizes, count: int, name: str) -> list[Size]:
     """Check (height, width) pairs, given as tuples or as a tensor."""
     sizes = [(int(height), int(width)) for height, width in sizes]
     if len(sizes) != count:
-        raise ValueError(
-            f"{name} has {len(sizes)} entries for a batch of {count}: give one (height, width) per image"
-        )
+        raise ValueError(f"{name} has {len(sizes)} entries for a batch of {count}: give one (height, width) per image")
     if any(min(size) < 1 for size in sizes):
         raise ValueError(f"{name} must be at least 1 x 1, got {sizes}")
     return sizes
@@ -267,9 +261,7 @@ def _panoptic_map(
     scores, labels = class_logits.softmax(-1).max(-1)
     no_object = class_logits.shape[-1] - 1
     kept = ((labels != no_object) & (scores > object_mask_threshold)).nonzero().flatten()
-    owner = torch.zeros(
-        masks.target_size, dtype=torch.int32, device=class_logits.device
-    )  # 1 + the winning query
+    owner = torch.zeros(masks.target_size, dtype=torch.int32, device=class_logits.device)  # 1 + the winning query
     if len(kept) == 0:
         return {"segmentation": owner, "segments_info": []}
 
@@ -300,9 +292,7 @@ def _panoptic_map(
             was_fused = label_id in label_ids_to_fuse
             if was_fused:
                 fused_ids[label_id] = segment_id
-            segments_info.append(
-                {"id": segment_id, "label_id": label_id, "was_fused": was_fused, "score": score}
-            )
+            segments_info.append({"id": segment_id, "label_id": label_id, "was_fused": was_fused, "score": score})
     segmentation = torch.tensor(segment_ids, dtype=torch.int32, device=owner.device)[owner.long()]
     return {"segmentation": segmentation, "segments_info": segments_info}
 
@@ -322,9 +312,7 @@ def _instances(
     kept = torch.isin(labels, labels.new_tensor(thing_label_ids)) & (scores >= score_threshold)
     scores, labels = scores[kept], labels[kept]
     queries, query_of_instance = queries[kept].unique(return_inverse=True)
-    instance_masks = torch.empty(
-        (len(scores), *masks.target_size), dtype=torch.bool, device=class_logits.device
-    )
+    instance_masks = torch.empty((len(scores), *masks.target_size), dtype=torch.bool, device=class_logits.device)
     if len(scores) == 0:
         return {"scores": scores, "labels": labels, "masks": instance_masks}
 

@@ -52,9 +52,7 @@ def make_labels(
     }
     given = [name for name, value in companions.items() if value is not None]
     if len(given) > 1:
-        raise ValueError(
-            f"give one of {' and '.join(f'`{name}`' for name in given)} with `segmentation_maps`"
-        )
+        raise ValueError(f"give one of {' and '.join(f'`{name}`' for name in given)} with `segmentation_maps`")
 
     count = len(sizes)
     map_dimensions = 3 if class_labels is not None or segments_info is not None else 2
@@ -128,9 +126,7 @@ def labels_from_id_map(
             classes.setdefault(0, 0)
         unknown = [value for value in ids if value not in classes]
         if unknown:
-            raise ValueError(
-                f"ids {_few(unknown)} of a segmentation map are not in its `instance_id_to_semantic_id`"
-            )
+            raise ValueError(f"ids {_few(unknown)} of a segmentation map are not in its `instance_id_to_semantic_id`")
         classes = {value: classes[value] for value in ids}
     classes = _checked_classes(classes, do_reduce_labels, num_labels)
     id_map = resize_nearest(id_map, size)
@@ -168,9 +164,7 @@ def labels_from_coco_panoptic(
     id_map = red + 256 * green + 256**2 * blue
     void_ids = [0, *(segment["id"] for segment in segments_info if segment.get("iscrowd"))]
     classes = {
-        int(segment["id"]): int(segment["category_id"])
-        for segment in segments_info
-        if segment["id"] not in void_ids
+        int(segment["id"]): int(segment["category_id"]) for segment in segments_info if segment["id"] not in void_ids
     }
     unknown = sorted({*np.unique(id_map).tolist()} - {*classes, *void_ids})
     if unknown:
@@ -205,9 +199,7 @@ def labels_from_instance_masks(
             range.
     """
     if len(instance_masks) != len(class_labels):
-        raise ValueError(
-            f"got {len(instance_masks)} instance masks, but {len(class_labels)} `class_labels` for them"
-        )
+        raise ValueError(f"got {len(instance_masks)} instance masks, but {len(class_labels)} `class_labels` for them")
     if instance_masks.size and not (instance_masks.min() >= 0 and instance_masks.max() <= 1):
         raise ValueError(f"instance masks must hold 0 and 1 only, got values up to {instance_masks.max()}")
     classes = {index: int(label) for index, label in enumerate(class_labels)}
@@ -231,9 +223,7 @@ def resize_nearest(image: np.ndarray, size: Size) -> np.ndarray:
     return image[rows[:, None], columns]
 
 
-def _labels_of_ids(
-    id_map: np.ndarray, classes: Mapping[int, int], void: np.ndarray, padded_size: Size
-) -> Labels:
+def _labels_of_ids(id_map: np.ndarray, classes: Mapping[int, int], void: np.ndarray, padded_size: Size) -> Labels:
     present = set(np.unique(id_map[~void]).tolist())
     ids = [value for value in sorted(classes) if value in present]
     masks = np.zeros((len(ids), *padded_size), dtype=np.uint8)
@@ -244,9 +234,7 @@ def _labels_of_ids(
     return masks, np.array([classes[value] for value in ids], dtype=np.int64)
 
 
-def _checked_classes(
-    classes: Mapping[int, int], do_reduce_labels: bool, num_labels: int | None
-) -> dict[int, int]:
+def _checked_classes(classes: Mapping[int, int], do_reduce_labels: bool, num_labels: int | None) -> dict[int, int]:
     """Leave out background (class 0 with `do_reduce_labels`), shift the others, and check their range."""
     if do_reduce_labels:
         classes = {key: label - 1 for key, label in classes.items() if label != 0}
@@ -273,16 +261,10 @@ def _check_map(array: np.ndarray, image_size: Size, is_masks: bool, is_coco: boo
     else:
         form, map_size, fits = "(height, width)", array.shape, array.ndim == 2
     if not fits:
-        hint = (
-            ""
-            if is_masks or is_coco
-            else "; masks need `class_labels`, COCO-panoptic pictures `segments_info`"
-        )
+        hint = "" if is_masks or is_coco else "; masks need `class_labels`, COCO-panoptic pictures `segments_info`"
         raise ValueError(f"{name} has shape {array.shape}, expected {form}{hint}")
     if tuple(map_size) != tuple(image_size):
-        raise ValueError(
-            f"{name} is {map_size[0]} x {map_size[1]}, but its image is {image_size[0]} x {image_size[1]}"
-        )
+        raise ValueError(f"{name} is {map_size[0]} x {map_size[1]}, but its image is {image_size[0]} x {image_size[1]}")
 
 
 def _integer_array(values: Any) -> np.ndarray:

@@ -1,9 +1,9 @@
 """The configuration: defaults, refusals that say what is possible, and saving."""
 
 import pytest
-from helpers import tiny_config
 from transformers import AutoConfig, ResNetConfig, SwinConfig
 
+from helpers import tiny_config
 from proscale_hf import ProScaleMask2FormerConfig
 
 

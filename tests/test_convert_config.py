@@ -11,6 +11,7 @@ from convert.detectron2_config import (
     reads_bgr,
 )
 
+
 HEAD = """
 MODEL:
   META_ARCHITECTURE: MaskFormer
@@ -178,9 +179,7 @@ def test_base_chain(tmp_path):
     """Later files win, sections are merged, lists are replaced; `..` is fine inside the tree."""
     tree = tmp_path / "configs" / "coco" / "swin"
     tree.mkdir(parents=True)
-    (tmp_path / "configs" / "root.yaml").write_text(
-        "MODEL: {SWIN: {EMBED_DIM: 1, WINDOW_SIZE: 2, DEPTHS: [1, 1]}}"
-    )
+    (tmp_path / "configs" / "root.yaml").write_text("MODEL: {SWIN: {EMBED_DIM: 1, WINDOW_SIZE: 2, DEPTHS: [1, 1]}}")
     (tmp_path / "configs" / "coco" / "middle.yaml").write_text(
         "_BASE_: ../root.yaml\nMODEL: {SWIN: {EMBED_DIM: 3, DEPTHS: [4]}}"
     )

@@ -14,6 +14,7 @@ from convert.detectron2 import convert_checkpoint, main, parse_label_ids
 from convert.rename import target_names
 from proscale_hf import ProScaleMask2FormerForUniversalSegmentation
 
+
 LABELS, QUERIES, CHANNELS, HIDDEN, FEEDFORWARD = 5, 6, 32, 48, 24
 STAGES = ["res2", "res3", "res4", "res5"]
 
@@ -301,9 +302,7 @@ def test_command_line(tmp_path, config, capsys):
     assert [path.name for path in output.parent.iterdir()] == ["folder"]
 
     converted, image_processor = convert_checkpoint(config_path, checkpoint_path)
-    loaded, info = ProScaleMask2FormerForUniversalSegmentation.from_pretrained(
-        output, output_loading_info=True
-    )
+    loaded, info = ProScaleMask2FormerForUniversalSegmentation.from_pretrained(output, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert_equal_states(loaded.state_dict(), converted.state_dict())
     assert loaded.config.mask_padding is False
@@ -450,10 +449,7 @@ def test_parity(name):
     first_auxiliary = outputs.auxiliary_logits[0]
     computed = {
         **{f"backbone.res{index + 2}": value for index, value in enumerate(outputs.encoder_hidden_states)},
-        **{
-            f"multi_scale_features.{index}": value
-            for index, value in enumerate(outputs.pixel_decoder_hidden_states)
-        },
+        **{f"multi_scale_features.{index}": value for index, value in enumerate(outputs.pixel_decoder_hidden_states)},
         "mask_features": outputs.pixel_decoder_last_hidden_state,
         "class_queries_logits": outputs.class_queries_logits,
         "masks_queries_logits": outputs.masks_queries_logits,

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import tiny_config
 from torch import nn
 
+from helpers import tiny_config
 from proscale_hf.encoder_proscale import ProScaleEncoder, TokenRecalibration
 from proscale_hf.encoders import ENCODER_CLASSES
 

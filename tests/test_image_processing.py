@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_model
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils import ModelOutput, is_torchvision_available
 
+from helpers import tiny_model
 from proscale_hf import image_processing_common
 from proscale_hf.image_processing_common import resized_size
 from proscale_hf.image_processing_pil_proscale_mask2former import ProScaleMask2FormerImageProcessorPil
@@ -78,9 +78,7 @@ def test_pil_backend_resizes_like_the_original():
     batch = ProScaleMask2FormerImageProcessorPil()(image)
     resized = np.asarray(image.convert("RGB").resize((1093, 800), Image.Resampling.BILINEAR)) / 255
     expected = (resized - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    np.testing.assert_allclose(
-        batch["pixel_values"][0, :, :800, :1093].transpose(1, 2, 0), expected, atol=1e-5
-    )
+    np.testing.assert_allclose(batch["pixel_values"][0, :, :800, :1093].transpose(1, 2, 0), expected, atol=1e-5)
     assert batch["pixel_values"].shape == (1, 3, 800, 1120)
     assert (batch["pixel_values"][..., 1093:] == 0).all()
 
@@ -88,9 +86,7 @@ def test_pil_backend_resizes_like_the_original():
 @needs_torchvision
 @pytest.mark.parametrize("settings", [{}, {"size": {"height": 333, "width": 200}}, {"size": 90}])
 def test_backends_agree(settings):
-    maps = [
-        np.random.default_rng(index).integers(0, 5, image.size[::-1]) for index, image in enumerate(photos())
-    ]
+    maps = [np.random.default_rng(index).integers(0, 5, image.size[::-1]) for index, image in enumerate(photos())]
     first, second = (backend(**settings)(photos(), maps, return_tensors="pt") for backend in BACKENDS)
     assert (first["pixel_values"] - second["pixel_values"]).abs().mean() <= 5e-3
     assert (first["pixel_values"] - second["pixel_values"]).abs().max() <= 0.1
@@ -233,9 +229,7 @@ def test_paths_nested_lists_and_batches(backend, tmp_path):
     Image.fromarray(image).save(tmp_path / "image.png")
     path = tmp_path / "image.png"
     for images in ([str(path), path], [[image], [Image.fromarray(image)]], np.stack([image, image])):
-        pixels = plain(backend, do_rescale=False, do_normalize=False)(images, return_tensors="pt")[
-            "pixel_values"
-        ]
+        pixels = plain(backend, do_rescale=False, do_normalize=False)(images, return_tensors="pt")["pixel_values"]
         assert pixels.permute(0, 2, 3, 1).tolist() == [image.tolist()] * 2
 
 
@@ -318,9 +312,7 @@ def test_other_void_id(backend):
 @pytest.mark.parametrize("kind", ["numpy", "torch", "pil", "list"])
 def test_instance_map(backend, kind):
     maps = np.array([[1, 2, 2], [1, 5, 255]], np.uint8)
-    maps = {"numpy": maps, "torch": torch.from_numpy(maps), "pil": Image.fromarray(maps), "list": [maps]}[
-        kind
-    ]
+    maps = {"numpy": maps, "torch": torch.from_numpy(maps), "pil": Image.fromarray(maps), "list": [maps]}[kind]
     mapping = {1: 4, 2: 0, 5: 4, 99: 1}
     masks, classes = labels_of(backend, maps, instance_id_to_semantic_id=mapping)
     assert classes == [4, 0, 4]
@@ -334,9 +326,7 @@ def test_reduced_instance_map_keeps_background_a_negative(backend):
     masks, classes = labels_of(backend, maps, instance_id_to_semantic_id=mapping, do_reduce_labels=True)
     assert classes == [3, 0]
     assert masks == [[[0, 0, 0], [1, 0, 255]], [[0, 1, 1], [0, 0, 255]]]
-    without_zero = labels_of(
-        backend, maps, instance_id_to_semantic_id={1: 4, 2: 1, 3: 0}, do_reduce_labels=True
-    )
+    without_zero = labels_of(backend, maps, instance_id_to_semantic_id={1: 4, 2: 1, 3: 0}, do_reduce_labels=True)
     assert without_zero == (masks, classes)
 
 
@@ -556,9 +546,7 @@ def test_true_sizes_follow_from_the_targets(backend):
     for given in (targets, torch.tensor(targets), np.array(targets)):
         results = processor.post_process_semantic_segmentation(outputs, target_sizes=given)
         assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
-    without_resize = backend(do_resize=False).post_process_semantic_segmentation(
-        outputs, target_sizes=targets
-    )
+    without_resize = backend(do_resize=False).post_process_semantic_segmentation(outputs, target_sizes=targets)
     expected = semantic_segmentation(
         *logits_of(outputs), padded_size=(96, 96), image_sizes=targets, target_sizes=targets
     )
@@ -691,9 +679,7 @@ def test_impossible_requests_are_errors(backend):
         with pytest.raises(ValueError, match="class_queries_logits"):
             method({"logits": torch.zeros(1)})
     with pytest.raises(ValueError, match="choose one"):
-        processor.post_process_instance_segmentation(
-            outputs_of(), return_coco_annotation=True, return_binary_maps=True
-        )
+        processor.post_process_instance_segmentation(outputs_of(), return_coco_annotation=True, return_binary_maps=True)
 
 
 # contracts of transformers

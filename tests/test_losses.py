@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import labels, tiny_config
 from torch import nn
 
+from helpers import labels, tiny_config
 from proscale_hf.losses import (
     UNMATCHABLE,
     UniversalSegmentationLoss,
@@ -18,9 +18,7 @@ def criterion(**changes) -> UniversalSegmentationLoss:
     return UniversalSegmentationLoss(tiny_config(**{"train_num_points": 400, **changes}))
 
 
-def predictions(
-    number: int = 2, batch: int = 2, queries: int = 7, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def predictions(number: int = 2, batch: int = 2, queries: int = 7, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     class_logits = torch.randn((number, batch, queries, 5), generator=generator)
     mask_logits = 3 * torch.randn((number, batch, queries, 16, 24), generator=generator)
@@ -79,9 +77,7 @@ def test_matching_finds_the_right_queries():
     class_logits, mask_logits = predictions(number=3)
     wanted = [torch.tensor([4, 0, 6]), torch.tensor([1, 5])]
     for i, queries in enumerate(wanted):
-        small = nn.functional.interpolate(given["mask_labels"][i].float()[None], size=(16, 24), mode="area")[
-            0
-        ]
+        small = nn.functional.interpolate(given["mask_labels"][i].float()[None], size=(16, 24), mode="area")[0]
         mask_logits[:, i] = -8
         mask_logits[:, i, queries] = 16 * small - 8
         class_logits[:, i, queries, given["class_labels"][i]] += 5

@@ -7,16 +7,17 @@ import sys
 
 import pytest
 import torch
-from helpers import TINY_RESNET, labels, pixels, tiny_config, tiny_model
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForInstanceSegmentation,
     AutoModelForUniversalSegmentation,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
 )
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
+from helpers import TINY_RESNET, labels, pixels, tiny_config, tiny_model
 from proscale_hf import (
     ProScaleMask2FormerConfig,
     ProScaleMask2FormerForUniversalSegmentation,
@@ -182,9 +183,7 @@ def test_no_objects_and_more_objects_than_queries_train(objects):
 def test_gradient_checkpointing_changes_nothing(use_reentrant):
     plain = tiny_model().train()
     checkpointed = copy.deepcopy(plain)
-    enable = getattr(
-        checkpointed, "activation_checkpointing_enable", checkpointed.gradient_checkpointing_enable
-    )
+    enable = getattr(checkpointed, "activation_checkpointing_enable", checkpointed.gradient_checkpointing_enable)
     enable({"use_reentrant": use_reentrant})
     assert checkpointed.is_gradient_checkpointing
     images = pixels().requires_grad_()
@@ -250,9 +249,7 @@ def test_loss_does_not_look_at_padding():
     model = tiny_model(train_num_points=2000)
     pixel_values, pixel_mask, sizes = mixed_batch()
     given = labels((2, 2, 2), 64, 64)
-    given["mask_labels"] = [
-        nn.functional.pad(masks[:, :50], (0, 64, 0, 14)) for masks in given["mask_labels"]
-    ]
+    given["mask_labels"] = [nn.functional.pad(masks[:, :50], (0, 64, 0, 14)) for masks in given["mask_labels"]]
     torch.manual_seed(0)
     clean = model(pixel_values, pixel_mask=pixel_mask, **given).loss
     for masks, (height, width) in zip(given["mask_labels"], sizes, strict=True):
@@ -264,9 +261,7 @@ def test_loss_does_not_look_at_padding():
 
 def test_image_sizes_come_from_the_pixel_mask():
     pixel_values, pixel_mask, sizes = mixed_batch()
-    assert tiny_model()(pixel_values, pixel_mask=pixel_mask).image_sizes.tolist() == [
-        list(size) for size in sizes
-    ]
+    assert tiny_model()(pixel_values, pixel_mask=pixel_mask).image_sizes.tolist() == [list(size) for size in sizes]
 
 
 # -- types, attention implementations, compilation
@@ -322,9 +317,7 @@ def test_compiles_without_a_graph_break(encoder):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     pixel_mask = torch.ones(2, 64, 96, dtype=torch.int64)
     for given in ({}, {"pixel_mask": pixel_mask}):
-        for a, b in zip(
-            logits_of(model, pixels(), **given), logits_of(compiled, pixels(), **given), strict=True
-        ):
+        for a, b in zip(logits_of(model, pixels(), **given), logits_of(compiled, pixels(), **given), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -382,9 +375,7 @@ def test_initial_values_reach_what_a_checkpoint_lacks(tmp_path):
 def test_saved_and_loaded_is_the_same(tmp_path, changes):
     model = tiny_model(**changes)
     model.save_pretrained(tmp_path)
-    loaded, report = ProScaleMask2FormerForUniversalSegmentation.from_pretrained(
-        tmp_path, output_loading_info=True
-    )
+    loaded, report = ProScaleMask2FormerForUniversalSegmentation.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     assert loaded.state_dict().keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
@@ -434,11 +425,7 @@ def test_agrees_with_mask2former_of_transformers(pre_norm):
         num_attention_heads=8,
     )
     names = set(inspect.signature(Mask2FormerConfig).parameters)
-    shared = {
-        name: value
-        for name, value in model.config.to_dict().items()
-        if name in names and name != "model_type"
-    }
+    shared = {name: value for name, value in model.config.to_dict().items() if name in names and name != "model_type"}
     reference = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**shared)).eval()
     reference.load_state_dict(model.state_dict())
     for a, b in zip(logits_of(model, pixels()), logits_of(reference, pixels()), strict=True):

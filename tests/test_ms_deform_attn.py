@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import tiny_config
 from torch import nn
 
+from helpers import tiny_config
 from proscale_hf.ms_deform_attn import (
     DeformableEncoderLayer,
     MultiScaleDeformableAttention,
@@ -22,8 +22,7 @@ def random_inputs(shapes, dtype=torch.float64, batch=2, queries=5, heads=2, head
     tokens, levels = sum(h * w for h, w in shapes), len(shapes)
     value = torch.randn((batch, tokens, heads, head_dim), generator=generator, dtype=torch.float64)
     locations = (
-        torch.rand((batch, queries, heads, levels, points, 2), generator=generator, dtype=torch.float64) * 1.6
-        - 0.3
+        torch.rand((batch, queries, heads, levels, points, 2), generator=generator, dtype=torch.float64) * 1.6 - 0.3
     )
     weights = torch.rand((batch, queries, heads, levels, points), generator=generator, dtype=torch.float64)
     return value.to(dtype), locations.to(torch.promote_types(dtype, torch.float32)), weights.to(dtype)
@@ -31,9 +30,7 @@ def random_inputs(shapes, dtype=torch.float64, batch=2, queries=5, heads=2, head
 
 def run(value, locations, weights, shapes):
     starts = torch.tensor([0, *(h * w for h, w in shapes[:-1])]).cumsum(0)
-    return MultiScaleDeformableAttention()(
-        value, torch.tensor(shapes), shapes, starts, locations, weights, 64
-    )
+    return MultiScaleDeformableAttention()(value, torch.tensor(shapes), shapes, starts, locations, weights, 64)
 
 
 def written_out(value, locations, weights, shapes):
@@ -101,10 +98,6 @@ def test_a_fresh_layer_averages_a_ring_around_each_token():
     nn.init.eye_(attention.output_proj.weight)
     ramp = torch.arange(11.0).expand(1, 32, 11, 11)
     tokens = maps_to_tokens([ramp])
-    output = tokens_to_maps(
-        attention(tokens, torch.zeros_like(tokens), TokenGrid.of_maps([ramp])), [(11, 11)]
-    )[0]
-    middle = output[0, :, 5, 5].view(
-        4, 8
-    )  # (heads, head_dim); directions right, down, left, up; 2.5 pixels on average
+    output = tokens_to_maps(attention(tokens, torch.zeros_like(tokens), TokenGrid.of_maps([ramp])), [(11, 11)])[0]
+    middle = output[0, :, 5, 5].view(4, 8)  # (heads, head_dim); directions right, down, left, up; 2.5 pixels on average
     torch.testing.assert_close(middle[:, 0], torch.tensor([7.5, 5.0, 2.5, 5.0]))

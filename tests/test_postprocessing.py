@@ -202,9 +202,7 @@ def test_strips_change_nothing(task, monkeypatch):
 
     def compute():
         if task == "panoptic":
-            results = panoptic_segmentation(
-                *logits, **sizes, label_ids_to_fuse=[0], object_mask_threshold=0.3
-            )
+            results = panoptic_segmentation(*logits, **sizes, label_ids_to_fuse=[0], object_mask_threshold=0.3)
             return [result["segmentation"] for result in results]
         if task == "semantic":
             return semantic_segmentation(*logits, **sizes)
@@ -247,9 +245,7 @@ def painted(boxes, labels, scores, size=(16, 16), num_labels=4):
 
 def simple_panoptic(logits, **options):
     size = tuple(logits[1].shape[-2:])
-    return panoptic_segmentation(
-        *logits, padded_size=size, image_sizes=[size], target_sizes=[size], **options
-    )[0]
+    return panoptic_segmentation(*logits, padded_size=size, image_sizes=[size], target_sizes=[size], **options)[0]
 
 
 def test_no_segment_id_is_used_twice():

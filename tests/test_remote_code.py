@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
-from helpers import pixels, tiny_config
 from PIL import Image
 
+from helpers import pixels, tiny_config
 from proscale_hf import (
     ProScaleMask2FormerConfig,
     ProScaleMask2FormerForUniversalSegmentation,
@@ -54,11 +54,18 @@ def test_a_saved_model_brings_its_code(tmp_path, auto_class_flags):
     folder = tmp_path / "my-model"
     model = ProScaleMask2FormerForUniversalSegmentation(tiny_config()).eval()
     model.save_pretrained(folder)
-    ProScaleMask2FormerImageProcessor(label_ids_to_fuse=[2, 3], size={"height": 64, "width": 96}).save_pretrained(folder)
+    ProScaleMask2FormerImageProcessor(label_ids_to_fuse=[2, 3], size={"height": 64, "width": 96}).save_pretrained(
+        folder
+    )
     Image.new("RGB", (50, 40), "teal").save(folder / "photo.png")
     with torch.no_grad():
         torch.save((pixels(), model(pixels()).masks_queries_logits), tmp_path / "inputs.pt")
-    environment = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path)}
+    environment = {
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "PATH": "",
+        "HOME": str(tmp_path),
+    }
     result = subprocess.run(
         [sys.executable, "-c", LOAD, str(folder), str(tmp_path / "inputs.pt")],
         cwd=tmp_path,

@@ -1,0 +1,39 @@
+# make demo: install, and segment a picture.   make test: install, and run the tests.
+PYTHON ?= python3
+VENV ?= .venv
+# What pip installs as PyTorch: "torch" is the newest build; a pinned one may be smaller.
+TORCH ?= torch
+EXTRAS ?= dev
+PYTEST_ARGUMENTS ?=
+BIN := $(VENV)/bin
+
+.PHONY: demo test style quality clean
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/proscale segment examples/scene.png --output overlay.png --json segments.json
+
+test: $(VENV)/.installed-$(EXTRAS)
+	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGUMENTS)
+
+style: $(VENV)/.installed-$(EXTRAS)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: $(VENV)/.installed-$(EXTRAS)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-demo: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-$(EXTRAS): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) overlay.png segments.json
