@@ -354,6 +354,8 @@ class SegmentationImageProcessorMixin:
 
     def _size_in_batch(self, target_size: Size, padded_size: Size) -> Size:
         """The size that an image of the target's size has in the batch; all of it, if that cannot be."""
+        if target_size == padded_size:  # the size of the batch's own labels, which are padded as it is
+            return padded_size
         size = resized_size(target_size, self.size) if self.do_resize else target_size
         return size if size[0] <= padded_size[0] and size[1] <= padded_size[1] else padded_size
 

@@ -5,13 +5,17 @@ encoder, stands in files of its own; see `encoders.py`.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import load_backbone
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import ModelOutput
 
 from .configuration_proscale_mask2former import ProScaleMask2FormerConfig
@@ -195,6 +199,22 @@ class ProScaleMask2FormerPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["DeformableEncoderLayer", "MaskedAttentionLayer"]  # noqa: RUF012 - as transformers has it
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False
+    ) -> NamedTuple:
+        """As `nn.Module.load_state_dict`, and also for names as `save_pretrained` writes them.
+
+        transformers saves some backbones, Swin among them, under older names. `from_pretrained` translates them, but
+        `Trainer` resumes with this method, and would go on with the weights it has instead.
+        """
+        own = self.state_dict().keys()
+        renamings = [t for t in get_model_conversion_mapping(self) if isinstance(t, WeightRenaming)]
+        renamed = {
+            name if name in own else rename_source_key(name, renamings, [])[0]: tensor
+            for name, tensor in state_dict.items()
+        }
+        return super().load_state_dict(renamed, strict, assign)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -553,6 +553,17 @@ def test_true_sizes_follow_from_the_targets(backend):
     assert all(torch.equal(*pair) for pair in zip(without_resize, expected, strict=True))
 
 
+def test_targets_of_the_padded_size_are_not_cropped(backend):
+    """An evaluation that compares with `mask_labels` asks for their size, which is the padded batch's."""
+    outputs = outputs_of()
+    processor = backend(size={"height": 50, "width": 90})
+    results = processor.post_process_semantic_segmentation(outputs, target_sizes=[(64, 96)] * 2)
+    expected = semantic_segmentation(
+        *logits_of(outputs), padded_size=(64, 96), image_sizes=[(64, 96)] * 2, target_sizes=[(64, 96)] * 2
+    )
+    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+
+
 def test_targets_that_cannot_be_the_image_sizes_use_the_whole_batch(backend):
     outputs = outputs_of()
     targets = [(300, 200), (200, 300)]  # do not fit into 64 x 96

@@ -236,6 +236,18 @@ def test_an_image_does_not_depend_on_its_batch_mates(changes):
         assert difference(upsampled[..., :height, :width], expected) < 1e-4
 
 
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_every_output_is_the_same_in_a_batch(changes):
+    model = tiny_model(**changes)
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        together, alone = model(pixels(), **asked), model(pixels()[1:], **asked)
+    for name, value in together.items():
+        values, expected = (value, alone[name]) if isinstance(value, tuple) else ((value,), (alone[name],))
+        for a, b in zip(values, expected, strict=True):
+            torch.testing.assert_close(a[1:], b, rtol=1e-5, atol=1e-5, msg=name)
+
+
 def test_padding_counts_as_image_when_not_masked():
     model = tiny_model(mask_padding=False)
     pixel_values, pixel_mask, _ = mixed_batch()

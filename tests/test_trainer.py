@@ -1,0 +1,188 @@
+"""transformers' `Trainer` with this model: training, evaluation in batches, checkpoints, resuming."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import TINY_RESNET, TINY_SWIN, tiny_model
+from proscale_hf import ProScaleMask2FormerForUniversalSegmentation, ProScaleMask2FormerImageProcessorPil
+
+
+pytest.importorskip("accelerate")
+
+from transformers import Trainer, TrainingArguments
+
+
+SIZES = [(64, 80), (50, 64), (64, 64), (40, 90)]
+QUERIES, LABELS = 7, 4
+
+
+class Squares(torch.utils.data.Dataset):
+    """Noise with 3, 2, 1 and no bright squares; id 0 of the maps is void."""
+
+    def __len__(self) -> int:
+        return len(SIZES)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        random = np.random.default_rng(index)
+        image = random.integers(0, 50, (*SIZES[index], 3), dtype=np.uint8)
+        instance_map = np.zeros(SIZES[index], dtype=np.uint8)
+        for instance in range(1, len(SIZES) - index):
+            top, left = random.integers(0, min(SIZES[index]) - 16, 2)
+            instance_map[top : top + 16, left : left + 16] = instance
+            image[top : top + 16, left : left + 16, instance % 3] = 200
+        return {"image": image, "instance_map": instance_map}
+
+
+@pytest.fixture
+def processor() -> ProScaleMask2FormerImageProcessorPil:
+    return ProScaleMask2FormerImageProcessorPil(do_resize=False, ignore_index=0)
+
+
+class CountInstances:
+    """Gets the evaluation's batches one by one, keeps them, and post-processes them."""
+
+    def __init__(self, processor: ProScaleMask2FormerImageProcessorPil):
+        self.processor = processor
+        self.batches: list[tuple] = []
+        self.results: list[dict] = []
+
+    def __call__(self, evaluation: Any, compute_result: bool) -> dict[str, float] | None:
+        self.batches.append((evaluation.predictions, evaluation.label_ids))
+        class_logits, mask_logits, image_sizes = evaluation.predictions
+        self.results += self.processor.post_process_instance_segmentation(
+            SimpleNamespace(
+                class_queries_logits=class_logits, masks_queries_logits=mask_logits, image_sizes=image_sizes
+            ),
+            threshold=0.0,
+            target_sizes=image_sizes,
+            return_binary_maps=True,
+        )
+        if compute_result:
+            return {"instances": sum(len(result["segments_info"]) for result in self.results)}
+
+
+def make_trainer(
+    folder: Path, processor: ProScaleMask2FormerImageProcessorPil, model: torch.nn.Module, **arguments: Any
+) -> Trainer:
+    def collate(examples: list[dict]) -> dict:
+        return processor(
+            [example["image"] for example in examples],
+            segmentation_maps=[example["instance_map"] for example in examples],
+            instance_id_to_semantic_id={1: 0, 2: 1, 3: 2},
+            return_tensors="pt",
+        ).data
+
+    settings = {
+        "max_steps": 3,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 3,
+        "eval_do_concat_batches": False,
+        "batch_eval_metrics": True,
+        "remove_unused_columns": False,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        **arguments,
+    }
+    return Trainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(folder), **settings),
+        train_dataset=Squares(),
+        eval_dataset=Squares(),
+        data_collator=collate,
+        processing_class=processor,
+        compute_metrics=CountInstances(processor),
+    )
+
+
+def logged_losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def logits_of(model: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        output = model.eval()(batch["pixel_values"], pixel_mask=batch["pixel_mask"])
+    return output.class_queries_logits, output.masks_queries_logits
+
+
+def test_training_changes_the_weights_and_a_checkpoint_keeps_them(processor, tmp_path):
+    model = tiny_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trainer = make_trainer(tmp_path, processor, model, save_steps=3)
+    trainer.train()
+    losses = logged_losses(trainer)
+    assert len(losses) == 3 and np.isfinite(losses).all()
+    unchanged = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
+    assert all(".swin.layernorm." in name for name in unchanged)  # a backbone has no use for Swin's last norm
+
+    reloaded = ProScaleMask2FormerForUniversalSegmentation.from_pretrained(tmp_path / "checkpoint-3")
+    batch = next(iter(trainer.get_eval_dataloader()))
+    torch.testing.assert_close(logits_of(reloaded, batch), logits_of(trainer.model, batch), rtol=0, atol=0)
+    saved = ProScaleMask2FormerImageProcessorPil.from_pretrained(tmp_path / "checkpoint-3")
+    assert saved.to_dict() == processor.to_dict()
+
+
+def test_evaluation_hands_over_logits_and_labels_batch_by_batch(processor, tmp_path):
+    trainer = make_trainer(tmp_path, processor, tiny_model())
+    metrics = trainer.evaluate()
+    assert np.isfinite(metrics["eval_loss"])
+    count_instances = trainer.compute_metrics
+    dataloader = trainer.get_eval_dataloader()
+    assert [len(predictions[0]) for predictions, _ in count_instances.batches] == [3, 1]
+    for (predictions, (mask_labels, class_labels)), batch in zip(count_instances.batches, dataloader, strict=True):
+        size, (height, width) = len(batch["pixel_values"]), batch["pixel_values"].shape[-2:]
+        assert predictions[0].shape == (size, QUERIES, LABELS + 1)
+        assert predictions[1].shape == (size, QUERIES, height // 4, width // 4)
+        torch.testing.assert_close(predictions[:2], logits_of(trainer.model, batch), rtol=0, atol=0)
+        torch.testing.assert_close(list(mask_labels), batch["mask_labels"])
+        torch.testing.assert_close(list(class_labels), batch["class_labels"])
+
+    assert metrics["eval_instances"] == sum(len(result["segmentation"]) for result in count_instances.results) > 0
+    for result, size in zip(count_instances.results, SIZES, strict=True):
+        assert result["segmentation"].dtype == torch.bool
+        assert result["segmentation"].shape == (len(result["segments_info"]), *size)
+        assert result["segmentation"].flatten(1).any(1).all()
+
+
+def resumed_run_equals_the_whole(processor, folder: Path, backbone_config: dict, load_checkpoint: bool) -> None:
+    """Three steps at once against two steps, a restart, and one more step."""
+    whole = make_trainer(folder, processor, tiny_model(backbone_config=backbone_config))
+    whole.train()
+    checkpoint = folder / "checkpoint-2"
+    if load_checkpoint:
+        model = ProScaleMask2FormerForUniversalSegmentation.from_pretrained(checkpoint)
+    else:
+        model = tiny_model(backbone_config=backbone_config)
+    resumed = make_trainer(folder / "resumed", processor, model)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.state.global_step == 3
+    assert logged_losses(resumed) == logged_losses(whole)
+    for (name, expected), actual in zip(
+        whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, msg=lambda message, name=name: f"{name}: {message}")
+
+
+@pytest.mark.parametrize("backbone_config", [TINY_SWIN, TINY_RESNET], ids=["swin", "resnet"])
+def test_resuming_with_the_checkpoint_as_model(processor, tmp_path, backbone_config):
+    resumed_run_equals_the_whole(processor, tmp_path, dict(backbone_config), load_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    "backbone_config",
+    [
+        pytest.param(TINY_SWIN, id="swin"),
+        pytest.param(TINY_RESNET, id="resnet"),
+    ],
+)
+def test_resuming_with_the_first_model(processor, tmp_path, backbone_config):
+    resumed_run_equals_the_whole(processor, tmp_path, dict(backbone_config), load_checkpoint=False)
