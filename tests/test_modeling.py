@@ -426,22 +426,45 @@ def test_import_is_light():
 # -- other implementations
 
 
-@pytest.mark.parametrize("pre_norm", [False, True])
-def test_agrees_with_mask2former_of_transformers(pre_norm):
-    model = tiny_model(
-        encoder="mask2former",
-        pixel_embedding="conv",
-        token_recalibration="none",
-        mask_padding=False,
-        pre_norm=pre_norm,
-        num_attention_heads=8,
-    )
+AS_MASK2FORMER = {
+    "encoder": "mask2former",
+    "pixel_embedding": "conv",
+    "token_recalibration": "none",
+    "mask_padding": False,
+}
+
+
+def mask2former_like(model: ProScaleMask2FormerForUniversalSegmentation) -> Mask2FormerForUniversalSegmentation:
+    """transformers' model of the same shape and weights."""
     names = set(inspect.signature(Mask2FormerConfig).parameters)
     shared = {name: value for name, value in model.config.to_dict().items() if name in names and name != "model_type"}
     reference = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**shared)).eval()
     reference.load_state_dict(model.state_dict())
+    return reference
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_agrees_with_mask2former_of_transformers(pre_norm):
+    model = tiny_model(**AS_MASK2FORMER, pre_norm=pre_norm, num_attention_heads=8)
+    reference = mask2former_like(model)
     for a, b in zip(logits_of(model, pixels()), logits_of(reference, pixels()), strict=True):
         assert difference(a, b) < 1e-4 and a.std() > 0.1
+
+
+def test_starts_from_a_checkpoint_of_transformers(tmp_path):
+    model = tiny_model(**AS_MASK2FORMER)
+    mask2former_like(model).save_pretrained(tmp_path)
+    same = ProScaleMask2FormerForUniversalSegmentation.from_pretrained(tmp_path, **AS_MASK2FORMER)
+    for a, b in zip(logits_of(model, pixels()), logits_of(same, pixels()), strict=True):
+        assert difference(a, b) < 1e-4
+
+    cheaper, report = ProScaleMask2FormerForUniversalSegmentation.from_pretrained(
+        tmp_path, encoder_stage_layers=(1, 1, 1), ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    new = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    assert all(name.startswith("model.pixel_level_module.decoder.encoder.") for name in new)
+    assert report["unexpected_keys"] == {"model.pixel_level_module.decoder.layer_1.0.weight"}
+    assert logits_of(cheaper, pixels())[0].isfinite().all()
 
 
 def test_timm_backbone():
