@@ -115,7 +115,7 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
             Share of the loss' points taken where the prediction is most uncertain, 0 to 1.
         use_auxiliary_loss (`bool`, defaults to `True`):
             Train every prediction of the mask decoder, not only the last.
-        output_auxiliary_logits (`bool`, defaults to `False`):
+        output_auxiliary_logits (`bool`, *optional*):
             Return the earlier predictions as `auxiliary_logits`.
         init_std (`float`, defaults to 0.02):
             Standard deviation for the classification head's initial weights.
@@ -186,7 +186,7 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
     oversample_ratio: float | int = 3.0
     importance_sample_ratio: float | int = 0.75
     use_auxiliary_loss: bool = True
-    output_auxiliary_logits: bool = False
+    output_auxiliary_logits: bool | None = None
     init_std: float | int = 0.02
     init_xavier_std: float | int = 1.0
 

@@ -1,7 +1,7 @@
 """The configuration: defaults, refusals that say what is possible, and saving."""
 
 import pytest
-from transformers import AutoConfig, ResNetConfig, SwinConfig
+from transformers import AutoConfig, Mask2FormerConfig, ResNetConfig, SwinConfig
 
 from helpers import tiny_config
 from proscale_hf import ProScaleMask2FormerConfig
@@ -58,6 +58,12 @@ def test_saved_and_loaded_is_the_same(tmp_path, changes):
     assert {k: v for k, v in left.items() if not isinstance(v, tuple)} == {
         k: v for k, v in right.items() if not isinstance(left[k], tuple)
     }
+
+
+def test_a_configuration_of_mask2former_can_be_read(tmp_path):
+    Mask2FormerConfig(num_queries=11).save_pretrained(tmp_path)
+    config = ProScaleMask2FormerConfig.from_pretrained(tmp_path, encoder="mask2former")
+    assert config.num_queries == 11 and config.encoder == "mask2former"
 
 
 def test_backbone_config_is_shared():
