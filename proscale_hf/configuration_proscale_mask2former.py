@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 
 ENCODERS = ("proscale", "mask2former")
@@ -81,8 +82,8 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
         dim_feedforward (`int`, defaults to 2048):
             Width of the feed-forward blocks in the mask decoder.
         decoder_layers (`int`, defaults to 10):
-            Number of predictions of the mask decoder: one from the initial queries, then one after each of the
-            `decoder_layers - 1` layers.
+            Number of predictions of the mask decoder, at least 2: one from the initial queries, then one after each
+            of the `decoder_layers - 1` layers.
         pre_norm (`bool`, defaults to `False`):
             Layer norms in front of the mask decoder's blocks instead of behind.
         enforce_input_projection (`bool`, defaults to `False`):
@@ -98,7 +99,7 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
         feature_strides (`list[int]`, defaults to `(4, 8, 16, 32)`):
             Strides of the backbone's feature maps, fine to coarse.
         ignore_value (`int`, defaults to 255):
-            Value of void pixels in `mask_labels`; they count in neither matching nor loss.
+            Value of void pixels in `mask_labels`, 2 to 255; they count in neither matching nor loss.
         no_object_weight (`float`, defaults to 0.1):
             Weight of the "no object" class in the classification loss.
         class_weight (`float`, defaults to 2.0):
@@ -210,7 +211,7 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
         _check_choice("pixel_embedding", self.pixel_embedding, PIXEL_EMBEDDINGS)
 
         strides = list(self.feature_strides)
-        if strides != sorted(set(strides)) or strides[0] != self.common_stride or len(strides) < 2:
+        if len(strides) < 2 or strides != sorted(set(strides)) or strides[0] != self.common_stride:
             raise ValueError(
                 f"`feature_strides` must grow and begin with `common_stride` ({self.common_stride}), got {strides}."
             )
@@ -224,7 +225,7 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
             ("encoder_layers", 1),
             ("encoder_num_points", 1),
             ("encoder_feedforward_dim", 1),
-            ("decoder_layers", 1),
+            ("decoder_layers", 2),
             ("dim_feedforward", 1),
             ("mask_feature_size", 1),
             ("num_queries", 1),
@@ -233,6 +234,22 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < minimum:
                 raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(self, name)}.")
+        _check_choice("activation_function", self.activation_function, tuple(ACT2FN))
+        for name in (
+            "class_weight",
+            "mask_weight",
+            "dice_weight",
+            "no_object_weight",
+            "init_std",
+            "init_xavier_std",
+            "token_recalibration_temperature",
+        ):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"`{name}` must be a number of at least 0, got {getattr(self, name)}.")
+        if not 2 <= self.ignore_value <= 255:
+            raise ValueError(
+                f"`ignore_value` must lie between 2 and 255 (0 and 1 mean something), got {self.ignore_value}."
+            )
         for name in ("dropout", "importance_sample_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")

@@ -126,6 +126,8 @@ class SegmentationImageProcessorMixin:
         Raises:
             `ValueError`: one line that names the image, ids or sizes at fault.
         """
+        if segmentation_maps is None and (class_labels is not None or segments_info is not None):
+            raise ValueError("`class_labels` and `segments_info` belong to `segmentation_maps`: give those too")
         kwargs = self._translate_old_names(kwargs)
         return super().preprocess(
             images, segmentation_maps, instance_id_to_semantic_id, class_labels, segments_info, **kwargs

@@ -59,8 +59,8 @@ class UniversalSegmentationLoss(nn.Module):
         batch = class_logits.shape[1]
         check_labels(mask_labels, class_labels, batch, self.config.num_labels)
         device = class_logits.device
-        mask_labels = pad_to_common_size([labels.to(device) for labels in mask_labels])
-        class_labels = [labels.to(device) for labels in class_labels]
+        mask_labels = [masks.to(device) for masks in mask_labels]
+        class_labels = [classes.to(device, torch.int64) for classes in class_labels]
         if image_extents is None:
             image_extents = torch.ones((batch, 2), device=device)
 
@@ -155,7 +155,8 @@ class UniversalSegmentationLoss(nn.Module):
         losses = nn.functional.cross_entropy(
             class_logits.flatten(0, 2), targets.flatten(), weight=weight, reduction="none"
         ).view(len(class_logits), -1)  # (predictions, batch * queries)
-        return losses.sum(1) / weight[targets].flatten(1).sum(1)
+        total_weight = weight[targets].flatten(1).sum(1)  # 0 if nothing matched and "no object" weighs nothing
+        return losses.sum(1) / total_weight.clamp(min=torch.finfo(torch.float32).tiny)
 
     def mask_losses(
         self,
@@ -242,22 +243,17 @@ def check_labels(
                 f"Image {i}: `mask_labels` must be (objects, height, width) and `class_labels` (objects,), "
                 f"got {tuple(masks.shape)} and {tuple(classes.shape)}."
             )
+    if len({tuple(masks.shape[-2:]) for masks in mask_labels}) > 1:
+        raise ValueError("All `mask_labels` of a batch must have the same height and width: those of the padded batch.")
     classes = torch.cat([c.reshape(-1).cpu() for c in class_labels])
+    if classes.is_floating_point() or classes.dtype == torch.bool:
+        raise ValueError(f"`class_labels` must be integers, got {classes.dtype}.")
     if len(classes) and not 0 <= classes.min() <= classes.max() < num_labels:
         wrong = sorted({int(c) for c in classes if not 0 <= c < num_labels})
         raise ValueError(
             f"`class_labels` holds {wrong}, but this model has classes 0 to {num_labels - 1}; "
             "check `num_labels` or `id2label` of its configuration."
         )
-
-
-def pad_to_common_size(mask_labels: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Pad each image's (objects, height, width) with 0 at the bottom and right to the largest size in the batch."""
-    height = max(masks.shape[-2] for masks in mask_labels)
-    width = max(masks.shape[-1] for masks in mask_labels)
-    return [
-        nn.functional.pad(masks, (0, width - masks.shape[-1], 0, height - masks.shape[-2])) for masks in mask_labels
-    ]
 
 
 def sample_maps(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:

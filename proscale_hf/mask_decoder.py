@@ -96,6 +96,7 @@ class MaskDecoder(nn.Module):
         projected = self.input_projections[level](feature_map)
         channels, height, width = projected.shape[1:]
         positions = sine_position_embedding(height, width, channels, projected.device, valid_sizes)
+        # detached, since it only steers where queries look
         resized = nn.functional.interpolate(
             mask_features.detach(), size=(height, width), mode="bilinear", align_corners=False
         )
@@ -284,7 +285,6 @@ class MaskedCrossAttention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * channels, channels))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * channels))
         self.out_proj = nn.Linear(channels, channels)
-        nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(
         self,

@@ -126,18 +126,16 @@ class PixelLevelModule(nn.Module):
                 f"{len(self.strides)}: set `out_features` or `out_indices` in `backbone_config`."
             )
         self.decoder = PixelDecoder(config, self.encoder.channels)
-        self.frozen_norms = (
-            [module for module in self.encoder.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-            if config.freeze_backbone_batch_norm
-            else []
-        )
+        self.freeze_batch_norm = config.freeze_backbone_batch_norm
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "PixelLevelModule":
         """Frozen batch norms stay in evaluation mode and without gradient (loading weights replaces parameters)."""
         super().train(mode)
-        for norm in self.frozen_norms:
-            norm.eval().requires_grad_(False)
+        if self.freeze_batch_norm:
+            for module in self.encoder.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval().requires_grad_(False)
         return self
 
     def forward(
@@ -216,6 +214,12 @@ class ProScaleMask2FormerPreTrainedModel(PreTrainedModel):
         }
         return super().load_state_dict(renamed, strict, assign)
 
+    def pad_to_stride(self, batch: torch.Tensor) -> torch.Tensor:
+        """Pad (..., height, width) with 0 at the bottom and right to multiples of the largest feature stride."""
+        stride = self.config.feature_strides[-1]
+        height, width = batch.shape[-2:]
+        return nn.functional.pad(batch, (0, -width % stride, 0, -height % stride))
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Each case is a module that holds parameters itself: outside of transformers' own package those without are
@@ -283,7 +287,7 @@ class ProScaleMask2FormerModel(ProScaleMask2FormerPreTrainedModel):
         Args:
             pixel_values: (batch, channels, height, width), normalised.
             pixel_mask: (batch, height, width), 1 = image, 0 = padding at the bottom and right; read if
-                `config.mask_padding`.
+                `config.mask_padding`, and the batch is padded on to multiples of the largest stride then.
             output_hidden_states: return all hidden states; default from the configuration.
             output_attentions: return the mask decoder's attention weights; default from the configuration.
             output_predictions: return what the heads need for the earlier predictions too.
@@ -303,6 +307,7 @@ class ProScaleMask2FormerModel(ProScaleMask2FormerPreTrainedModel):
 
         padded_sizes, valid_sizes = None, None
         if pixel_mask is not None and config.mask_padding:
+            pixel_values, pixel_mask = self.pad_to_stride(pixel_values), self.pad_to_stride(pixel_mask)
             valid_sizes = self.sizes_alone(pixel_mask)
             # A compiled graph cannot depend on the sizes' values: there the pixel level sees the padding as image.
             if not torch.compiler.is_compiling():
@@ -330,11 +335,9 @@ class ProScaleMask2FormerModel(ProScaleMask2FormerPreTrainedModel):
         return output if return_dict else output.to_tuple()
 
     def sizes_alone(self, pixel_mask: torch.Tensor) -> torch.Tensor:
-        """(batch, 2): height and width each image would be padded to if it were alone, at most the batch's."""
+        """(batch, 2): height and width each image would be padded to if it were alone."""
         largest_stride = self.config.feature_strides[-1]
-        whole = torch.tensor(pixel_mask.shape[-2:], device=pixel_mask.device)
-        sizes = true_image_sizes(pixel_mask)
-        return torch.minimum(-(-sizes // largest_stride) * largest_stride, whole)
+        return -(-true_image_sizes(pixel_mask) // largest_stride) * largest_stride
 
 
 class ProScaleMask2FormerForUniversalSegmentation(ProScaleMask2FormerPreTrainedModel):
@@ -387,6 +390,11 @@ class ProScaleMask2FormerForUniversalSegmentation(ProScaleMask2FormerPreTrainedM
         if (mask_labels is None) != (class_labels is None):
             raise ValueError("`mask_labels` and `class_labels` belong together: give both or neither.")
         train_all = mask_labels is not None and config.use_auxiliary_loss
+        check_pixels(pixel_values, pixel_mask)
+        check_mask_size(mask_labels, pixel_values)
+        if pixel_mask is not None and config.mask_padding:
+            pixel_values, pixel_mask = self.pad_to_stride(pixel_values), self.pad_to_stride(pixel_mask)
+            mask_labels = None if mask_labels is None else [self.pad_to_stride(masks) for masks in mask_labels]
 
         outputs = self.model(
             pixel_values,
@@ -474,6 +482,20 @@ def check_pixels(pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) ->
             f"`pixel_mask` must be (batch, height, width) of `pixel_values` {tuple(pixel_values.shape)}, "
             f"got {tuple(pixel_mask.shape)}."
         )
+
+
+def check_mask_size(mask_labels: list[torch.Tensor] | None, pixel_values: torch.Tensor) -> None:
+    """Refuse masks of another height and width than the batch.
+
+    Raises:
+        ValueError: see there.
+    """
+    for i, masks in enumerate(mask_labels or ()):
+        if masks.shape[-2:] != pixel_values.shape[-2:]:
+            raise ValueError(
+                f"Image {i}: `mask_labels` are {masks.shape[-2]} x {masks.shape[-1]}, but the padded batch is "
+                f"{pixel_values.shape[-2]} x {pixel_values.shape[-1]}: resize and pad masks as the images."
+            )
 
 
 __all__ = [

@@ -139,7 +139,7 @@ class DeformableSelfAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: torch.Tensor,
-        grid: "TokenGrid",
+        grid: TokenGrid,
     ) -> torch.Tensor:
         """
         Args:
@@ -216,7 +216,7 @@ class DeformableEncoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: torch.Tensor,
-        grid: "TokenGrid",
+        grid: TokenGrid,
     ) -> torch.Tensor:
         """Arguments and result as in [`DeformableSelfAttention.forward`]."""
         attended = self.self_attn(hidden_states, position_embeddings, grid)

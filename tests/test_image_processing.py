@@ -553,6 +553,11 @@ def test_true_sizes_follow_from_the_targets(backend):
     assert all(torch.equal(*pair) for pair in zip(without_resize, expected, strict=True))
 
 
+def test_classes_without_maps_are_refused(backend):
+    with pytest.raises(ValueError, match="segmentation_maps"):
+        backend()(np.zeros((8, 8, 3), np.uint8), class_labels=[1])
+
+
 def test_targets_of_the_padded_size_are_not_cropped(backend):
     """An evaluation that compares with `mask_labels` asks for their size, which is the padded batch's."""
     outputs = outputs_of()

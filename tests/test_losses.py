@@ -161,14 +161,71 @@ def test_broken_predictions_do_not_stop_the_matching(bad):
     assert all(3 not in match[1] for match in matches)
 
 
-def test_masks_of_different_sizes_are_padded_with_background():
-    class_logits, mask_logits = predictions(number=1)
-    given = labels((1, 1), 64, 96)
-    smaller = [given["mask_labels"][0], given["mask_labels"][1][:, :40, :70]]
-    padded = [given["mask_labels"][0], nn.functional.pad(smaller[1], (0, 26, 0, 24))]
-    a = run(class_logits, mask_logits, smaller, given["class_labels"])
-    b = run(class_logits, mask_logits, padded, given["class_labels"])
-    torch.testing.assert_close(a, b)
+def test_each_cost_has_its_own_weight():
+    """Twice a weight adds that cost once more: what is left is each cost by itself, and they all differ."""
+    class_logits, mask_logits = predictions(number=1, batch=1)
+    given = labels((3,), 64, 96)
+
+    def cost(**weights):
+        torch.manual_seed(0)
+        loss = criterion(**{"class_weight": 1.0, "mask_weight": 1.0, "dice_weight": 1.0, **weights})
+        return loss.matching_cost(
+            class_logits[:, 0], mask_logits[:, 0], given["mask_labels"][0], given["class_labels"][0], torch.ones(2)
+        )
+
+    parts = {name: cost(**{name: 2.0}) - cost() for name in ("class_weight", "mask_weight", "dice_weight")}
+    probabilities = class_logits[:, 0].softmax(-1)[..., given["class_labels"][0]]
+    torch.testing.assert_close(parts["class_weight"], -probabilities, rtol=1e-3, atol=1e-4)
+    assert parts["dice_weight"].max() <= 1
+    assert parts["mask_weight"].max() > 1.1  # a wrong logit costs more than a dice loss can
+    torch.testing.assert_close(sum(parts.values()), cost(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_mean_is_over_the_points_that_count(points_inside):
+    """Constant predictions cost the same per point, however many points are void."""
+    class_logits, _ = predictions(number=1, batch=1)
+    mask_logits = torch.full((1, 1, 7, 16, 24), 0.7)
+    masks = torch.zeros(1, 64, 96, dtype=torch.uint8)
+    clean = run(class_logits, mask_logits, [masks], [torch.tensor([1])])["loss_mask"]
+    masks[:, :, :48] = 255
+    torch.testing.assert_close(run(class_logits, mask_logits, [masks], [torch.tensor([1])])["loss_mask"], clean)
+
+
+def test_void_without_weight_does_not_discard_a_point():
+    masks = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    masks[0, :, 2:] = 255
+    exactly_on_a_pixel = torch.tensor([[[1.5 / 4, 0.5]]])  # its right neighbour is void, but has no part in it
+    _, counted = sample_labels(masks, torch.tensor([0]), exactly_on_a_pixel, ignore_value=255)
+    assert counted.tolist() == [[1.0]]
+
+
+def test_losses_are_computed_in_float32_under_autocast():
+    arguments = (*predictions(), *labels().values())
+    plain = run(*arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(run(*arguments), plain)
+
+
+@pytest.mark.parametrize(("ranks", "elsewhere", "expected"), [(1, 0, 4), (2, 6, 5), (4, 0, 1)])
+def test_masks_are_summed_over_processes(monkeypatch, ranks, elsewhere, expected):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(elsewhere))
+    classes = [torch.zeros(3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)]
+    assert UniversalSegmentationLoss.mean_masks_per_rank(classes, torch.device("cpu")) == expected
+    assert UniversalSegmentationLoss.mean_masks_per_rank([], torch.device("cpu")) == max(1, elsewhere / ranks)
+
+
+def test_no_objects_and_no_weight_for_no_object():
+    terms = run(*predictions(), *labels((0, 0)).values(), no_object_weight=0.0)
+    assert terms["loss_cross_entropy"] == 0
+
+
+def test_integers_of_any_type_are_classes():
+    arguments = (*predictions(), labels()["mask_labels"])
+    expected = run(*arguments, labels()["class_labels"])
+    for dtype in (torch.int32, torch.uint8):
+        torch.testing.assert_close(run(*arguments, [c.to(dtype) for c in labels()["class_labels"]]), expected)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +236,8 @@ def test_masks_of_different_sizes_are_padded_with_background():
         ([torch.zeros(4, 4)] * 2, [torch.tensor([0])] * 2, "Image 0"),
         ([torch.zeros(1, 4, 4)] * 2, [torch.tensor([0]), torch.tensor([4])], r"\[4\].*classes 0 to 3"),
         ([torch.zeros(1, 4, 4)] * 2, [torch.tensor([-1]), torch.tensor([1])], r"\[-1\]"),
+        ([torch.zeros(1, 4, 4)] * 2, [torch.tensor([0.0]), torch.tensor([1.0])], "integers"),
+        ([torch.zeros(1, 4, 4), torch.zeros(1, 4, 5)], [torch.tensor([0])] * 2, "same height and width"),
     ],
 )
 def test_labels_that_cannot_be_right(masks, classes, message):

@@ -206,11 +206,63 @@ def test_backbone_batch_norm_is_frozen_on_request(freeze):
     assert all((norm.weight.grad is None) is freeze for norm in norms)
 
 
+def test_frozen_batch_norm_survives_its_replacement():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(tiny_model(backbone_config=TINY_RESNET)).train()
+    norms = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
+    assert norms and not any(norm.training for norm in norms)
+
+
 def test_frozen_batch_norm_survives_loading(tmp_path):
     tiny_model(backbone_config=TINY_RESNET).save_pretrained(tmp_path)
     model = ProScaleMask2FormerForUniversalSegmentation.from_pretrained(tmp_path).train()
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert not any(norm.training or norm.weight.requires_grad for norm in norms)
+
+
+def test_each_term_has_its_own_weight():
+    model = tiny_model(class_weight=3.0, mask_weight=7.0, dice_weight=11.0)
+    terms = {"loss_cross_entropy": 1.0, "loss_mask": 10.0, "loss_dice": 100.0, "loss_dice_0": 1000.0}
+    assert model.weighted_sum(terms) == 3 + 70 + 1100 + 11000
+
+
+@pytest.mark.parametrize("part", ["pixel_level_module.decoder", "transformer_module"])
+def test_dropout_acts_after_each_block_in_training(part):
+    model = tiny_model(dropout=0.5).model
+    module = model.get_submodule(part)
+    rates = []
+    for child in module.modules():
+        if isinstance(child, nn.Dropout):
+            child.register_forward_hook(lambda _, arguments, output: rates.append((output == 0).float().mean().item()))
+    model.train()
+    model(pixels())
+    # encoder layers drop behind attention, inside and behind the feed-forward block; mask decoder layers also
+    # behind the second attention
+    layers, each = (4, 3) if part.startswith("pixel") else (4, 4)
+    assert len(rates) == layers * each
+    assert min(rates) > 0.3
+    rates.clear()
+    model.eval()(pixels())
+    assert len(rates) == layers * each
+
+
+def test_attention_dropout_only_in_training():
+    model = tiny_model(dropout=0.9).model
+    layer = model.transformer_module.decoder.layers[0].self_attn
+    queries = torch.randn(1, 7, 32)
+    torch.testing.assert_close(*(layer.eval()(queries, queries[0])[0] for _ in range(2)))
+    assert difference(*(layer.train()(queries, queries[0])[0] for _ in range(2))) > 1e-3
+
+
+def test_the_configured_activation_is_used():
+    relu, gelu = tiny_model(), tiny_model(activation_function="gelu")
+    gelu.load_state_dict(relu.state_dict())
+    assert difference(logits_of(relu, pixels())[0], logits_of(gelu, pixels())[0]) > 1e-4
+
+
+@pytest.mark.parametrize("enforce", [False, True])
+def test_enforced_input_projection(enforce):
+    projections = tiny_model(enforce_input_projection=enforce).model.transformer_module.input_projections
+    assert all(isinstance(projection, nn.Conv2d) is enforce for projection in projections)
 
 
 # -- padding
@@ -234,6 +286,32 @@ def test_an_image_does_not_depend_on_its_batch_mates(changes):
         upsampled = nn.functional.interpolate(together[1][i : i + 1], size=(64, 128), mode="bilinear")
         expected = nn.functional.interpolate(alone[1], size=(height, width), mode="bilinear")
         assert difference(upsampled[..., :height, :width], expected) < 1e-4
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_a_batch_of_any_size_is_padded_to_the_stride(changes):
+    model = tiny_model(**changes)
+    sizes = [(33, 65), (20, 50)]
+    pixel_values, pixel_mask = torch.zeros(2, 3, 33, 65), torch.zeros(2, 33, 65)
+    for i, (height, width) in enumerate(sizes):
+        pixel_values[i, :, :height, :width] = pixels(1, height, width, seed=i)[0]
+        pixel_mask[i, :height, :width] = 1
+    together = logits_of(model, pixel_values, pixel_mask=pixel_mask)
+    alone = logits_of(model, pixel_values[1:, :, :20, :50], pixel_mask=pixel_mask[1:, :20, :50])
+    assert together[1].shape[-2:] == (16, 24)
+    assert difference(together[0][1], alone[0][0]) < 1e-4
+    assert difference(together[1][1, :, :8, :16], alone[1][0]) < 1e-4
+
+    given = labels((2, 1), 33, 65)
+    padded = [nn.functional.pad(masks, (0, 31, 0, 31)) for masks in given["mask_labels"]]
+    losses = []
+    for masks, image, mask in (
+        (given["mask_labels"], pixel_values, pixel_mask),
+        (padded, model.pad_to_stride(pixel_values), model.pad_to_stride(pixel_mask)),
+    ):
+        torch.manual_seed(0)
+        losses.append(model(image, masks, given["class_labels"], mask).loss)
+    torch.testing.assert_close(*losses)
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
@@ -486,6 +564,7 @@ def test_timm_backbone():
         ({"pixel_values": pixels(), "mask_labels": labels()["mask_labels"]}, "belong together"),
         ({"pixel_values": pixels(), **labels((1,))}, "one entry per image"),
         ({"pixel_values": pixels(), **labels(num_labels=9, seed=3)}, "classes 0 to 3"),
+        ({"pixel_values": pixels(), **labels(height=32, width=48)}, "32 x 48.*64 x 96"),
     ],
 )
 def test_wrong_input_is_refused(arguments, message):

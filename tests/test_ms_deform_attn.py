@@ -8,6 +8,7 @@ from helpers import tiny_config
 from proscale_hf.ms_deform_attn import (
     DeformableEncoderLayer,
     MultiScaleDeformableAttention,
+    SamplingOffsets,
     TokenGrid,
     maps_to_tokens,
     tokens_to_maps,
@@ -83,6 +84,14 @@ def test_token_grid():
     assert grid.shapes.tolist() == [list(shape) for shape in SHAPES]
     torch.testing.assert_close(grid.reference_points[6 + 2 * 5 + 3], torch.tensor([3.5 / 5, 2.5 / 4]))
     assert torch.equal(grid.first(2).reference_points, grid.reference_points[:26])
+
+
+def test_the_ring_of_eight_heads_is_a_square():
+    offsets = SamplingOffsets(32, num_heads=8, num_levels=2, num_points=3)
+    offsets.reset_parameters_to_ring()
+    ring = offsets.bias.view(8, 2, 3, 2)
+    torch.testing.assert_close(ring[1, 0, 2], torch.tensor([3.0, 3.0]))
+    torch.testing.assert_close(ring[5, 1, 0], torch.tensor([-1.0, -1.0]))
 
 
 def test_a_fresh_layer_averages_a_ring_around_each_token():

@@ -70,7 +70,7 @@ def test_every_recorded_tensor(recorded):
     }
     errors = {name: relative_error(value, tensors[name]) for name, value in actual.items() if name in tensors}
     assert len(errors) >= 9
-    assert max(errors.values()) < 1e-4, errors
+    assert max(errors.values()) < 1e-5, errors
 
 
 def test_panoptic_results(recorded):
