@@ -1,0 +1,48 @@
+"""The `proscale` command: one module per subcommand, each imported only when it runs."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from .console import CommandError
+from .segment import add_segment_command
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Reports a wrong command line in one line, without the usage block."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message} (see {self.prog} --help)", exit_code=2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's parser; each subcommand sets `run`, the function that carries it out."""
+    parser = _OneLineParser(prog="proscale", description="PRO-SCALE image segmentation.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_OneLineParser)
+    add_segment_command(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: the words after `proscale`; default: those this process was started with.
+
+    Returns:
+        The exit status: 0 done, 1 failed, 2 wrong command line, 130 interrupted.
+    """
+    try:
+        options = build_parser().parse_args(arguments)
+        options.run(options)
+        sys.stdout.flush()
+    except CommandError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0

@@ -1,0 +1,114 @@
+"""Loading a model for a subcommand: from a folder, the Hub or the package itself, with one clear line if it fails."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from .console import CommandError
+
+
+DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
+
+
+def load_model(name: str | None) -> tuple[Any, Any]:
+    """The segmentation model, in evaluation mode, and its image processor.
+
+    Only safetensors are read and no code that comes with a model is run.
+
+    Args:
+        name: a folder or a Hub id; the demo model that ships with the package if None.
+
+    Returns:
+        The model and the processor: the torchvision backend where torchvision is installed, else Pillow's.
+
+    Raises:
+        CommandError: it cannot be loaded, or its weights are incomplete or not numbers.
+    """
+    import torch
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import is_torchvision_available, logging
+
+    import proscale_hf
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+
+    source = str(DEMO_MODEL) if name is None else name
+    is_folder = name is None or _is_folder(source)
+    if is_folder:
+        _check_folder(Path(source))
+    backend = "" if is_torchvision_available() else "Pil"
+    processor_class = getattr(proscale_hf, f"ProScaleMask2FormerImageProcessor{backend}")
+    model_class = proscale_hf.ProScaleMask2FormerForUniversalSegmentation
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = model_class.config_class.from_pretrained(source)
+            if config.model_type != model_class.config_class.model_type:
+                raise CommandError(f"{source} is not a PRO-SCALE model: its model_type is {config.model_type}")
+            model, report = model_class.from_pretrained(
+                source, config=config, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+            processor = processor_class.from_pretrained(source)
+    except CommandError:
+        raise
+    except Exception as error:  # damaged files, no network, no such repository: each library has its own types
+        raise CommandError(_explain(source, is_folder, error)) from error
+
+    # What did not fit was initialised at random: such a model would run, and give nonsense.
+    unusable = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
+    if unusable:
+        raise CommandError(
+            f"the weights in {source} do not belong to its config.json: {len(unusable)} tensors are missing or of "
+            f"another size, such as {unusable[0]}; save or convert the model again"
+        )
+    for parameter_name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise CommandError(f"the weights in {source} are broken: {parameter_name} holds NaN or infinity")
+    return model.eval(), processor
+
+
+def _is_folder(source: str) -> bool:
+    """Whether a name means a place on this disk rather than a model on the Hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if Path(source).exists():
+        return True
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return True
+    return False
+
+
+def _check_folder(folder: Path) -> None:
+    from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+    if folder == DEMO_MODEL and not folder.is_dir():
+        raise CommandError("this installation has no demo model; give one with --model", exit_code=2)
+    if not folder.exists():
+        raise CommandError(f"there is no folder {folder}; --model takes a model's folder or its Hub id")
+    if not folder.is_dir():
+        raise CommandError(f"{folder} is a file; give the folder that holds the model")
+    for choices in ((CONFIG_NAME,), (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (IMAGE_PROCESSOR_NAME,)):
+        if not any((folder / file_name).is_file() for file_name in choices):
+            raise CommandError(
+                f"the model folder {folder} has no {choices[0]}; save model and image processor there "
+                "with save_pretrained"
+            )
+
+
+def _explain(source: str, is_folder: bool, error: Exception) -> str:
+    from safetensors import SafetensorError
+
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300].rstrip(".")
+    if isinstance(error, SafetensorError):
+        return f"the weights file in {source} is damaged or incomplete ({reason}); copy or download it again"
+    if not is_folder and isinstance(error, OSError):
+        return (
+            f"there is no folder {source} here, and the Hub did not give a model of that name ({reason}); "
+            "check the name and the network"
+        )
+    return f"cannot load the model {source}: {reason}"

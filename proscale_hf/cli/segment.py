@@ -1,0 +1,180 @@
+"""`proscale segment PHOTO`: from a photo to an overlay that a person can read, and JSON if asked for."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .console import CommandError, progress, user_errors
+from .loading import load_model
+
+
+TASKS = ("panoptic", "instance", "semantic")
+LONGEST_TABLE = 30  # rows
+LONGEST_NAME = 40  # characters
+
+
+def add_segment_command(commands: argparse._SubParsersAction) -> None:
+    """Adds the subcommand to the `proscale` command."""
+    parser = commands.add_parser(
+        "segment",
+        help="segment a photo",
+        description="Write a picture of the photo with masks, outlines, names and scores, and print what was found.",
+    )
+    parser.add_argument("photo", metavar="PHOTO", help="an image file")
+    parser.add_argument(
+        "--model",
+        metavar="DIR-OR-HUB-ID",
+        help="a folder or a Hub id (default: the small demo model that comes with the package; it knows handwritten "
+        "digits on brick, grass and gravel)",
+    )
+    parser.add_argument("--task", choices=TASKS, default="panoptic", help="default: %(default)s")
+    parser.add_argument(
+        "--output", metavar="FILE", help="the picture to write (default: PHOTO_segmented.png in this folder)"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="also write class, score, area, box and mask (COCO's encoding) of each segment"
+    )
+    parser.set_defaults(run=run_segment)
+
+
+def run_segment(options: argparse.Namespace) -> None:
+    """Carries the subcommand out.
+
+    Args:
+        options: the parsed command line.
+
+    Raises:
+        CommandError: anything that the user can mend.
+    """
+    from ..image_io import check_picture_name, check_writable, load_image, save_image, write_whole
+    from ..visualization import draw_segments
+
+    output = Path(options.output or f"{Path(options.photo).stem}_segmented.png")
+    targets = [output] if options.json is None else [output, Path(options.json)]
+    with user_errors(exit_code=2):
+        check_picture_name(output)
+        for target in targets:
+            check_writable(target)
+    if len({path.resolve() for path in (Path(options.photo), *targets)}) <= len(targets):
+        raise CommandError("PHOTO, --output and --json name the same file; give each its own", exit_code=2)
+    with user_errors():
+        image = load_image(options.photo)
+    with progress("loading the model"):
+        model, processor = load_model(options.model)
+    with progress("segmenting"), user_errors():
+        segments = segment_image(image, model, processor, options.task)
+    with progress("drawing"), user_errors():
+        save_image(draw_segments(image, segments), output)
+    if options.json is not None:
+        with progress("writing the segments"), user_errors():
+            size = {"height": image.height, "width": image.width}
+            header = {"task": options.task, "model": options.model or "demo", **size}
+            content = to_json(header, describe_segments(segments, **size))
+            write_whole(options.json, lambda file: file.write(content.encode()))
+    print_table(segments, image.width * image.height)
+    print(f"wrote {output}" + (f" and {options.json}" if options.json else ""))
+
+
+def segment_image(image: Any, model: Any, processor: Any, task: str) -> list[Any]:
+    """Runs the model on one image.
+
+    Args:
+        image: PIL image, RGB.
+        model: the segmentation model.
+        processor: its image processor.
+        task: one of `TASKS`.
+
+    Returns:
+        The segments found, as `visualization.Segment`.
+    """
+    import torch
+
+    from ..visualization import segments_from_label_map, segments_from_result
+
+    try:
+        inputs = processor(images=[image], return_tensors="pt")
+        with torch.inference_mode():
+            outputs = model(**inputs)
+    except (RuntimeError, MemoryError) as error:  # torch says so when memory does not suffice
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CommandError(f"the model failed on this {image.width} x {image.height} image: {reason[:200]}") from error
+    sizes = {"target_sizes": [(image.height, image.width)]}
+    names, stuff = model.config.id2label, set(processor.label_ids_to_fuse)
+    if task == "semantic":
+        return segments_from_label_map(processor.post_process_semantic_segmentation(outputs, **sizes)[0], names, stuff)
+    if task == "instance":
+        result = processor.post_process_instance_segmentation(outputs, return_binary_maps=True, **sizes)[0]
+    else:
+        result = processor.post_process_panoptic_segmentation(outputs, **sizes)[0]
+    return segments_from_result(result, names, stuff)
+
+
+def describe_segments(segments: list[Any], height: int, width: int) -> list[dict[str, Any]]:
+    """What the JSON file says of each segment.
+
+    Args:
+        segments: what was found.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+
+    Returns:
+        Plain values. "bbox" is COCO's [left, top, width, height] in pixels, "segmentation" COCO's run-length encoding:
+        compressed where pycocotools is installed, else a list of counts.
+    """
+    descriptions = []
+    for number, segment in enumerate(segments, start=1):
+        left, top, right, bottom = segment.box
+        descriptions.append(
+            {
+                "id": number,
+                "label_id": segment.label_id,
+                "label": segment.label,
+                "isthing": segment.is_thing,
+                "score": segment.score,
+                "area": segment.area,
+                "bbox": [left, top, right - left, bottom - top],
+                "segmentation": run_length_encoding(segment.full_mask(height, width)),
+            }
+        )
+    return descriptions
+
+
+def to_json(header: dict[str, Any], descriptions: list[dict[str, Any]]) -> str:
+    """The JSON file's text: the header, then one line for each segment under "segments"."""
+    lines = ",\n".join(json.dumps(description) for description in descriptions)
+    return f'{json.dumps(header)[:-1]}, "segments": [\n{lines}\n]}}\n'
+
+
+def run_length_encoding(mask: Any) -> dict[str, Any]:
+    """COCO's encoding of a bool (height, width) mask: lengths of alternating runs, down the columns, zeros first."""
+    import numpy as np
+
+    columns_first = np.asfortranarray(mask, dtype=np.uint8)
+    try:
+        from pycocotools.mask import encode
+    except ImportError:
+        values = columns_first.ravel(order="F")
+        changes = np.flatnonzero(np.diff(values, prepend=0))
+        return {"size": list(mask.shape), "counts": np.diff(changes, prepend=0, append=values.size).tolist()}
+    encoding = encode(columns_first)
+    return {"size": list(mask.shape), "counts": encoding["counts"].decode("ascii")}
+
+
+def print_table(segments: list[Any], pixels: int) -> None:
+    """Prints name, score and share of the picture for each segment.
+
+    Args:
+        segments: what was found.
+        pixels: of the whole image.
+    """
+    if not segments:
+        print("nothing found")
+        return
+    names = [segment.label[:LONGEST_NAME] for segment in segments[:LONGEST_TABLE]]
+    width = max(map(len, names))
+    for name, segment in zip(names, segments, strict=False):
+        score = "     " if segment.score is None else f"{segment.score:5.2f}"
+        print(f"{name:<{width}}  {score}  {segment.area / pixels:6.1%} of the picture")
+    if len(segments) > LONGEST_TABLE:
+        print(f"and {len(segments) - LONGEST_TABLE} more")
