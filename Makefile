@@ -13,7 +13,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/proscale segment examples/scene.png --output overlay.png --json segments.json
 
 test: $(VENV)/.installed-$(EXTRAS)
-	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGUMENTS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGUMENTS)
 
 style: $(VENV)/.installed-$(EXTRAS)
 	$(BIN)/ruff check --fix .
