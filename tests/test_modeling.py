@@ -156,6 +156,12 @@ def test_loss_is_the_weighted_sum_of_its_terms(auxiliary):
     assert len(output.loss_dict) == (15 if auxiliary else 3)
 
 
+def test_earlier_predictions_that_are_only_asked_for_are_not_trained():
+    output = tiny_model(use_auxiliary_loss=False)(pixels(), **labels(), output_auxiliary_logits=True)
+    assert len(output.auxiliary_logits) == 4
+    assert len(output.loss_dict) == 3
+
+
 def test_loss_falls_when_trained():
     torch.manual_seed(0)
     model = ProScaleMask2FormerForUniversalSegmentation(tiny_config()).train()
@@ -347,6 +353,24 @@ def test_loss_does_not_look_at_padding():
         masks[:, :, width + 1 :] = 1
     torch.manual_seed(0)
     torch.testing.assert_close(model(pixel_values, pixel_mask=pixel_mask, **given).loss, clean)
+
+
+def test_loss_looks_at_padding_when_it_counts_as_image():
+    model = tiny_model(mask_padding=False)
+    pixel_values, pixel_mask, _ = mixed_batch()
+    given = labels((2, 2, 2), 64, 128)
+    losses = []
+    for mask in (pixel_mask, None):
+        torch.manual_seed(0)
+        losses.append(model(pixel_values, pixel_mask=mask, **given).loss)
+    torch.testing.assert_close(*losses)
+
+
+def test_an_empty_pixel_mask_is_one_pixel():
+    pixel_mask = torch.zeros(2, 64, 96)
+    output = tiny_model()(pixels(), pixel_mask=pixel_mask)
+    assert output.image_sizes.tolist() == [[1, 1], [1, 1]]
+    assert output.masks_queries_logits.isfinite().all()
 
 
 def test_image_sizes_come_from_the_pixel_mask():
