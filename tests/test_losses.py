@@ -199,11 +199,21 @@ def test_void_without_weight_does_not_discard_a_point():
     assert counted.tolist() == [[1.0]]
 
 
-def test_losses_are_computed_in_float32_under_autocast():
-    arguments = (*predictions(), *labels().values())
-    plain = run(*arguments)
+def test_losses_are_computed_in_float32_under_autocast(monkeypatch):
+    seen = []
+    for name in ("matching_cost", "mask_losses", "class_loss"):
+        method = getattr(UniversalSegmentationLoss, name)
+
+        def recorded(self, *arguments, method=method):
+            seen.append((torch.is_autocast_enabled("cpu"), arguments[0].dtype))
+            return method(self, *arguments)
+
+        monkeypatch.setattr(UniversalSegmentationLoss, name, recorded)
+    class_logits, mask_logits = (logits.bfloat16() for logits in predictions())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(run(*arguments), plain)
+        terms = run(class_logits, mask_logits, *labels().values())
+    assert seen and set(seen) == {(False, torch.float32)}
+    assert all(value.dtype == torch.float32 for value in terms.values())
 
 
 @pytest.mark.parametrize(("ranks", "elsewhere", "expected"), [(1, 0, 4), (2, 6, 5), (4, 0, 1)])

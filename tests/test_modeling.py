@@ -399,12 +399,12 @@ def test_autocast_trains():
     assert loss.dtype == torch.float32 and loss.isfinite()
 
 
-def test_sampling_locations_stay_float32():
+def test_sampling_locations_and_attention_weights_stay_float32():
     model = tiny_model().to(torch.bfloat16)
     seen = []
     for module in model.modules():
         if type(module).__name__ == "MultiScaleDeformableAttention":
-            module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[4].dtype))
+            module.register_forward_pre_hook(lambda _, arguments: seen.extend(a.dtype for a in arguments[4:6]))
     model(pixels().to(torch.bfloat16))
     assert seen and set(seen) == {torch.float32}
 
@@ -467,6 +467,8 @@ def test_initial_values(tmp_path):
         elif isinstance(module, MaskEmbedderLinear):
             assert 0.8 / 32**0.5 < module.weight.abs().max() <= 1 / 32**0.5
     layer = model.model.transformer_module.decoder.layers[0]
+    projection = model.model.pixel_level_module.decoder.input_projections[0][0]
+    assert 0.8 < projection.weight.abs().max() / (3 / projection.in_channels) ** 0.5 <= 1
     assert abs(layer.fc1.weight.std() - (2 / (32 + 48)) ** 0.5) < 0.02
     assert abs(model.model.transformer_module.queries_features.weight.std() - 1) < 0.2
     assert model.model.pixel_level_module.decoder.level_embed.std() > 0.5
