@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import tiny_model
+from helpers import TINY_RESNET, tiny_model
 from proscale_hf import ProScaleMask2FormerImageProcessorPil
 from proscale_hf.cli import console, loading, main
 from proscale_hf.cli.console import progress
@@ -269,6 +269,13 @@ class TestBadModels:
             model.class_predictor.weight[0, 0] = value
         model.save_pretrained(model_copy)
         assert "class_predictor.weight" in fails(capsys, ["segment", photo, "--model", model_copy])
+
+    def test_statistics_that_are_not_numbers(self, photo, model_copy, capsys):
+        model = tiny_model(backbone_config=TINY_RESNET)
+        name, mean = next((n, b) for n, b in model.named_buffers() if n.endswith("running_mean"))
+        mean[0] = float("nan")
+        model.save_pretrained(model_copy)
+        assert name in fails(capsys, ["segment", photo, "--model", model_copy])
 
     def test_weights_of_another_size(self, photo, model_copy, capsys):
         change_config(model_copy, mask_feature_size=32)

@@ -63,9 +63,9 @@ def load_model(name: str | None) -> tuple[Any, Any]:
             f"the weights in {source} do not belong to its config.json: {len(unusable)} tensors are missing or of "
             f"another size, such as {unusable[0]}; save or convert the model again"
         )
-    for parameter_name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise CommandError(f"the weights in {source} are broken: {parameter_name} holds NaN or infinity")
+    for name_of_tensor, tensor in model.state_dict().items():  # statistics of batch norms too
+        if not torch.isfinite(tensor).all():
+            raise CommandError(f"the weights in {source} are broken: {name_of_tensor} holds NaN or infinity")
     return model.eval(), processor
 
 
