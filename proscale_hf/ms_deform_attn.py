@@ -1,10 +1,13 @@
 """Multi-scale deformable attention (https://arxiv.org/abs/2010.04159) and the encoder layer built on it.
 
-`MultiScaleDeformableAttention` is the operation itself, under the name and signature transformers uses, so that a
-compiled kernel from the Hub can take its place; what stands here is the readable path in PyTorch. Sampling locations
-and the accumulation are float32 whatever the weights' type: in bfloat16 a location would be off by up to a pixel.
+Two layers can be replaced by compiled kernels from the Hub: `MultiScaleDeformableAttention`, under the name and
+signature transformers uses, and around it `FusedMultiScaleDeformableAttention`, whose kernel computes softmax and
+locations too. What stands here is the readable path in PyTorch: bilinear sampling is a weighted sum of rows of a
+table, and the sum over all points of a query's head is one `embedding_bag`. Sampling locations and the accumulation are
+float32 whatever the weights' type: in bfloat16 a location would be off by up to a pixel.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -18,6 +21,7 @@ from .configuration_proscale_mask2former import ProScaleMask2FormerConfig
 
 
 IM2COL_STEP = 64  # images that a compiled kernel handles at once
+BORDER_BEFORE, BORDER_AFTER = 1, 2  # rows and columns of zeros around a map that bilinear sampling can touch
 
 
 @use_kernel_forward_from_hub("MultiScaleDeformableAttention")
@@ -37,7 +41,7 @@ class MultiScaleDeformableAttention(nn.Module):
         """
         Args:
             value: (batch, tokens, heads, head_dim), tokens of all levels one level after the other.
-            value_spatial_shapes: (levels, 2) int64, (height, width) of each level; read by compiled kernels only.
+            value_spatial_shapes: (levels, 2) int64, (height, width) of each level.
             value_spatial_shapes_list: the same as Python integers.
             level_start_index: (levels,) int64, first token of each level; read by compiled kernels only.
             sampling_locations: (batch, queries, heads, levels, points, 2), (x, y) with 0 and 1 at the map's edges;
@@ -51,21 +55,100 @@ class MultiScaleDeformableAttention(nn.Module):
         batch, _, heads, head_dim = value.shape
         queries = sampling_locations.shape[1]
         accumulate = torch.promote_types(value.dtype, torch.float32)
-        grids = (2 * sampling_locations - 1).to(accumulate)
-        output = value.new_zeros((batch * heads, head_dim, queries), dtype=accumulate)
-        level_values = value.split([height * width for height, width in value_spatial_shapes_list], dim=1)
-        for level, (height, width) in enumerate(value_spatial_shapes_list):
-            # (batch, height * width, heads, head_dim) -> (batch * heads, head_dim, height, width)
-            level_map = level_values[level].permute(0, 2, 3, 1).reshape(batch * heads, head_dim, height, width)
-            # (batch, queries, heads, points, 2) -> (batch * heads, queries, points, 2)
-            grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
-            # (batch, queries, heads, points) -> (batch * heads, 1, queries, points)
-            weights = attention_weights[:, :, :, level].transpose(1, 2).flatten(0, 1).unsqueeze(1)
-            sampled = nn.functional.grid_sample(level_map.to(accumulate), grid, align_corners=False)
-            output = output + (sampled * weights.to(accumulate)).sum(-1)
-        # (batch * heads, head_dim, queries) -> (batch, queries, heads * head_dim)
-        output = output.view(batch, heads * head_dim, queries).transpose(1, 2)
-        return output.to(value.dtype).contiguous()
+        maps, shapes = with_zero_border(value.to(accumulate), value_spatial_shapes_list)
+        tokens = maps.shape[1]
+
+        sizes = value_spatial_shapes.flip(-1)[:, None]  # (levels, 1, 2): width, height
+        pixels = (sampling_locations.to(accumulate) * sizes - 0.5).clamp(min=-1).minimum(sizes)
+        corners = pixels.floor()
+        right, lower = (pixels - corners).unbind(-1)  # (batch, queries, heads, levels, points) each
+        left_weights, right_weights = attention_weights * (1 - right), attention_weights * right
+        weights = torch.stack(
+            (left_weights * (1 - lower), right_weights * (1 - lower), left_weights * lower, right_weights * lower), -1
+        )
+
+        # Each head of each token is a row of one table, and all that a query's head samples is one bag of rows.
+        # NaN has no corner; its weights are NaN already.
+        x, y = (corners.nan_to_num() + BORDER_BEFORE).to(torch.int64).unbind(-1)
+        starts = list(itertools.accumulate((height * width for height, width in shapes), initial=0))[:-1]
+        widths = value_spatial_shapes[:, 1:] + BORDER_BEFORE + BORDER_AFTER  # (levels, 1)
+        first_tokens = torch.arange(batch, device=value.device)[:, None] * tokens + widths.new_tensor(starts)
+        upper_left = first_tokens[:, None, None, :, None] + y * widths + x
+        upper_left = upper_left * heads + torch.arange(heads, device=value.device)[:, None, None]
+        down = widths * heads
+        rows = torch.stack((upper_left, upper_left + heads, upper_left + down, upper_left + down + heads), -1)
+        output = nn.functional.embedding_bag(
+            rows.flatten(3).flatten(0, 2),  # (batch * queries * heads, levels * points * 4)
+            maps.flatten(0, 2),  # (batch * tokens * heads, head_dim)
+            per_sample_weights=weights.flatten(3).flatten(0, 2).to(accumulate),
+            mode="sum",
+        )
+        return output.view(batch, queries, heads * head_dim).to(value.dtype)
+
+
+def with_zero_border(
+    value: torch.Tensor, spatial_shapes: list[tuple[int, int]]
+) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """Surround each map by zeros, so that every point near it has four neighbours.
+
+    Args:
+        value: (batch, tokens, heads, head_dim), map after map.
+        spatial_shapes: (height, width) of each map.
+
+    Returns:
+        (batch, more tokens, heads, head_dim), and the larger (height, width) of each map.
+    """
+    border = (0, 0, 0, 0, BORDER_BEFORE, BORDER_AFTER, BORDER_BEFORE, BORDER_AFTER)
+    parts = value.split([height * width for height, width in spatial_shapes], dim=1)
+    maps = [
+        nn.functional.pad(part.unflatten(1, shape), border)  # (batch, height, width, heads, head_dim)
+        for part, shape in zip(parts, spatial_shapes, strict=True)
+    ]
+    return torch.cat([level.flatten(1, 2) for level in maps], dim=1), [tuple(level.shape[1:3]) for level in maps]
+
+
+@use_kernel_forward_from_hub("FusedMultiScaleDeformableAttention")
+class FusedMultiScaleDeformableAttention(nn.Module):
+    """[`MultiScaleDeformableAttention`] from what the projections give: offsets in pixels and attention logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = MultiScaleDeformableAttention()
+
+    def forward(
+        self,
+        value: torch.Tensor,
+        value_spatial_shapes: torch.Tensor,
+        value_spatial_shapes_list: list[tuple[int, int]],
+        level_start_index: torch.Tensor,
+        reference_points: torch.Tensor,
+        sampling_offsets: torch.Tensor,
+        attention_logits: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Args:
+            value: (batch, tokens, heads, head_dim), tokens of all levels one level after the other.
+            value_spatial_shapes: (levels, 2) int64, (height, width) of each level.
+            value_spatial_shapes_list: the same as Python integers.
+            level_start_index: (levels,) int64, first token of each level.
+            reference_points: (1 or batch, queries, 1 or levels, 2) float32, (x, y) with 0 and 1 at the map's edges.
+            sampling_offsets: (batch, queries, heads, levels, points, 2), (x, y) in pixels of the level.
+            attention_logits: (batch, queries, heads, levels * points).
+
+        Returns:
+            (batch, queries, heads * head_dim), in the type of `value`.
+        """
+        weights = attention_logits.softmax(-1, dtype=torch.promote_types(attention_logits.dtype, torch.float32))
+        offsets = sampling_offsets.to(reference_points.dtype) / value_spatial_shapes.flip(-1)[:, None]
+        return self.attention(
+            value,
+            value_spatial_shapes,
+            value_spatial_shapes_list,
+            level_start_index,
+            reference_points[:, :, None, :, None] + offsets,
+            weights.view(sampling_offsets.shape[:-1]),
+            IM2COL_STEP,
+        )
 
 
 class TokenGrid(NamedTuple):
@@ -133,7 +216,7 @@ class DeformableSelfAttention(nn.Module):
         self.attention_weights = AttentionLogits(embed_dim, num_heads * num_levels * num_points)
         self.value_proj = nn.Linear(embed_dim, embed_dim)
         self.output_proj = nn.Linear(embed_dim, embed_dim)
-        self.attention = MultiScaleDeformableAttention()
+        self.attention = FusedMultiScaleDeformableAttention()
 
     def forward(
         self,
@@ -151,19 +234,16 @@ class DeformableSelfAttention(nn.Module):
             (batch, tokens, channels).
         """
         batch, tokens, channels = hidden_states.shape
-        per_head = (batch, tokens, self.num_heads, self.num_levels, self.num_points)
+        per_head = (batch, tokens, self.num_heads)
         queries = hidden_states + position_embeddings
-
-        value = self.value_proj(hidden_states).view(batch, tokens, self.num_heads, channels // self.num_heads)
-        logits = self.attention_weights(queries).view(*per_head[:3], -1)
-        weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).view(per_head)
-
-        offsets = self.sampling_offsets(queries).view(*per_head, 2).to(grid.reference_points.dtype)
-        offsets = offsets / grid.shapes.flip(-1)[:, None]  # pixels -> unit square
-        locations = grid.reference_points[:, None, None, None] + offsets
-
         output = self.attention(
-            value, grid.shapes, grid.shapes_list, grid.level_start_index, locations, weights, IM2COL_STEP
+            self.value_proj(hidden_states).view(*per_head, channels // self.num_heads),
+            grid.shapes,
+            grid.shapes_list,
+            grid.level_start_index,
+            grid.reference_points[None, :, None],
+            self.sampling_offsets(queries).view(*per_head, self.num_levels, self.num_points, 2),
+            self.attention_weights(queries).view(*per_head, self.num_levels * self.num_points),
         )
         return self.output_proj(output)
 
