@@ -301,7 +301,7 @@ class DeformableEncoderLayer(GradientCheckpointingLayer):
         """Arguments and result as in [`DeformableSelfAttention.forward`]."""
         attended = self.self_attn(hidden_states, position_embeddings, grid)
         hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(attended))
-        expanded = self.dropout(nn.functional.relu(self.fc1(hidden_states)))
+        expanded = self.dropout(nn.functional.relu(self.fc1(hidden_states), inplace=True))
         return self.final_layer_norm(hidden_states + self.dropout(self.fc2(expanded)))
 
 

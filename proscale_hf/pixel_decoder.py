@@ -62,7 +62,8 @@ class PixelDecoder(nn.Module):
         Returns:
             The enhanced maps and the per-pixel embedding.
         """
-        finest, *rest = backbone_maps
+        # channels last: tokens are then views of maps and maps of tokens, and PyTorch's kernels are faster
+        finest, *rest = (feature_map.contiguous(memory_format=torch.channels_last) for feature_map in backbone_maps)
         projected = [
             projection(feature_map)
             for projection, feature_map in zip(self.input_projections, reversed(rest), strict=True)
@@ -74,7 +75,10 @@ class PixelDecoder(nn.Module):
         enhanced = self.encoder(projected, positions)
         lateral = self.adapter_1(finest)
         upsampled = nn.functional.interpolate(
-            enhanced[-1], size=lateral.shape[-2:], mode="bilinear", align_corners=False
+            enhanced[-1].contiguous(memory_format=torch.channels_last),
+            size=lateral.shape[-2:],
+            mode="bilinear",
+            align_corners=False,
         )
         mask_features = self.mask_projection(self.layer_1(lateral + upsampled))
         return PixelDecoderOutput(multi_scale_features=tuple(enhanced), mask_features=mask_features)

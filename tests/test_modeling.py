@@ -388,7 +388,9 @@ def test_16_bit_weights(dtype):
     output = model(pixels(), **labels())
     assert output.class_queries_logits.dtype == output.masks_queries_logits.dtype == dtype
     assert output.loss.isfinite()
-    assert difference(output.class_queries_logits, reference(pixels()).class_queries_logits) < 0.2
+    # on average: a single query's attention region may change when a mask's logit is near 0
+    change = output.class_queries_logits.float() - reference(pixels()).class_queries_logits
+    assert change.abs().mean() < 0.02
 
 
 def test_autocast_trains():
