@@ -22,7 +22,7 @@ from torch.nn import functional
 Size = tuple[int, int]
 Sizes = Sequence[Size] | Tensor
 
-STRIP_VALUES = 2**23  # float32 values in one strip of (queries or classes, rows, width): 64 MB
+STRIP_VALUES = 2**22  # float32 values in one strip of (queries or classes, rows, width): 16 MB
 LOGIT_LIMIT = 1e30  # half precision can overflow to infinity, and 0 * infinity would make a resize give NaN
 
 
@@ -186,13 +186,14 @@ class _QueryMasks:
                 thinner.
         """
         queries, height, _ = self.logits.shape
-        identity = torch.eye(height, device=self.logits.device)[None]
-        row_weights = self._resize(identity, axis=0)[0]  # (target height, height)
+        row_weights = self._resize(torch.eye(height)[None], axis=0)[0]  # (target height, height)
         strip_height = max(1, STRIP_VALUES // ((queries + extra_channels) * self.target_size[1]))
         for top in range(0, self.target_size[0], strip_height):
             rows = slice(top, min(top + strip_height, self.target_size[0]))
-            strip = torch.matmul(row_weights[rows], self.logits)  # (queries, rows, width)
-            yield rows, self._resize(strip, axis=1)
+            sources = row_weights[rows].any(0).nonzero()
+            band = slice(sources[0].item(), sources[-1].item() + 1)  # the logits' rows that these rows are made of
+            weights = row_weights[rows, band].to(self.logits.device)
+            yield rows, self._resize(torch.matmul(weights, self.logits[:, band]), axis=1)  # (queries, rows, width)
 
     def _resize(self, images: Tensor, axis: int) -> Tensor:
         """Upsample to the padded size, crop, resize to the target: along one axis of (channels, height,
@@ -208,7 +209,8 @@ class _QueryMasks:
             (self.padded_size[axis], self.image_size[axis]),
             (self.target_size[axis], self.target_size[axis]),
         ):
-            images = functional.interpolate(images, size=along_axis(length), mode="bilinear", align_corners=False)
+            if length != images.shape[axis + 2]:
+                images = functional.interpolate(images, size=along_axis(length), mode="bilinear", align_corners=False)
             images = images.narrow(axis + 2, 0, crop)
         return images[0]
 
@@ -270,7 +272,7 @@ def _panoptic_map(
     for rows, logits in masks.select(kept).strips(extra_channels=len(kept)):
         probabilities = logits.sigmoid_()
         inside = probabilities >= mask_threshold
-        winner = probabilities.mul_(scores[:, None, None]).argmax(0)  # (rows, width)
+        winner = probabilities.mul_(scores[:, None, None]).max(0).indices  # (rows, width); argmax is slower
         mask_area += inside.flatten(1).sum(1)
         won_area += winner.flatten().bincount(minlength=len(kept))
         owner[rows] = (winner + 1) * inside.gather(0, winner[None])[0]
