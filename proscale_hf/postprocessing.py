@@ -273,7 +273,7 @@ def _panoptic_map(
         probabilities = logits.sigmoid_()
         inside = probabilities >= mask_threshold
         winner = probabilities.mul_(scores[:, None, None]).max(0).indices  # (rows, width); argmax is slower
-        mask_area += inside.flatten(1).sum(1)
+        mask_area += inside.flatten(1).sum(1, dtype=torch.int32)  # much faster than int64
         won_area += winner.flatten().bincount(minlength=len(kept))
         owner[rows] = (winner + 1) * inside.gather(0, winner[None])[0]
     segment_area = owner.flatten().bincount(minlength=len(kept) + 1)[1:]
@@ -323,7 +323,7 @@ def _instances(
     strips = []
     for rows, logits in masks.select(queries).strips(extra_channels=len(queries)):
         inside = logits > logit_threshold
-        area += inside.flatten(1).sum(1)
+        area += inside.flatten(1).sum(1, dtype=torch.int32)  # much faster than int64
         probability_sum += (logits.sigmoid_() * inside).flatten(1).sum(1)
         instance_masks[:, rows] = inside[query_of_instance]
         strips.append(rows)
