@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from .benchmark import add_benchmark_command
 from .console import CommandError
 from .segment import add_segment_command
 
@@ -22,6 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _OneLineParser(prog="proscale", description="PRO-SCALE image segmentation.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_OneLineParser)
     add_segment_command(commands)
+    add_benchmark_command(commands)
     return parser
 
 

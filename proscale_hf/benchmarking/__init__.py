@@ -1,0 +1,1 @@
+"""Benchmarks: models side by side on the same input, in one run, as ratios."""
