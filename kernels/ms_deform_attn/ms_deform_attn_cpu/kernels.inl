@@ -1,0 +1,461 @@
+// The kernels. Each unit takes two steps: `locate` turns positions and scores into the four tokens around each sample
+// and their weights, all samples at once, and then the rows of those tokens are added up (or added to).
+//
+// Included once per instruction set, inside its namespace, after vectors.inl.
+
+constexpr int kCorners = 4;  // upper left, upper right, lower left, lower right
+
+// What `locate` finds out about a unit's samples; arrays of problem.padded_samples.
+struct Samples {
+  float* weight[kCorners];
+  int32_t* token[kCorners];  // within the image; the first is -1 where the sample is outside its map
+  float* attention;
+  // For the backward pass: the pixel at the upper left, and how far the sample is from it.
+  int32_t *left, *upper;
+  float *right_share, *lower_share;
+};
+
+// The thread's own memory, cut into arrays.
+struct Memory {
+  float* next;
+
+  float* floats(int64_t count) {
+    float* start = next;
+    next += (count + kMostLanes - 1) / kMostLanes * kMostLanes;
+    return start;
+  }
+  int32_t* ints(int64_t count) { return reinterpret_cast<int32_t*>(floats(count)); }
+};
+
+// `count` numbers as float32, readable up to `padded`: those in memory where they are float32 and not the tensor's last
+// ones, else a copy.
+INLINE const float* as_floats(const void* data, Type type, int64_t start, int64_t count, int64_t padded, int64_t total,
+                              float* copy) {
+  if (type == Type::kFloat32 && start + padded <= total) return static_cast<const float*>(data) + start;
+  with_type(type, [&](auto constant) {
+    using Number = Element<decltype(constant)::value>;
+    const char* first = static_cast<const char*>(data) + start * Number::kSize;
+    if (start + padded <= total) {
+      for (int64_t i = 0; i < padded; i += kLanes) {
+        store_vector(copy + i, Number::template load<kLanes>(first + i * Number::kSize));
+      }
+    } else {
+      alignas(64) char rest[kLanes * 4] = {};
+      for (int64_t i = 0; i < count; i += kLanes) {
+        const int64_t numbers = count - i < kLanes ? count - i : kLanes;
+        __builtin_memcpy(rest, first + i * Number::kSize, numbers * Number::kSize);
+        store_vector(copy + i, Number::template load<kLanes>(rest));
+      }
+    }
+  });
+  return copy;
+}
+
+// Writes float32 numbers in another type; `source` is readable up to a multiple of kLanes.
+INLINE void write_floats(const float* source, void* data, Type type, int64_t start, int64_t count) {
+  with_type(type, [&](auto constant) {
+    using Number = Element<decltype(constant)::value>;
+    char* first = static_cast<char*>(data) + start * Number::kSize;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      Number::template store<kLanes>(first + i * Number::kSize, load_vector<Floats>(source + i));
+    }
+    if (i < count) {
+      char rest[kLanes * Number::kSize];
+      Number::template store<kLanes>(rest, load_vector<Floats>(source + i));
+      __builtin_memcpy(first + i * Number::kSize, rest, (count - i) * Number::kSize);
+    }
+  });
+}
+
+INLINE Ints lane_numbers() {
+  Ints lanes;
+  for (int lane = 0; lane < kLanes; lane++) lanes[lane] = lane;
+  return lanes;
+}
+
+INLINE void softmax(const Problem& problem, const float* logits, float* probabilities) {
+  const Ints lanes = lane_numbers();
+  const Floats lowest = Floats{} - __builtin_inff();
+  Floats largest = lowest;
+  for (int64_t i = 0; i < problem.padded_samples; i += kLanes) {
+    const Floats x = lanes < int32_t(problem.samples - i) ? load_vector<Floats>(logits + i) : lowest;
+    largest = x > largest ? x : largest;
+  }
+  const float maximum = reduce<kLanes>(largest, [](auto a, auto b) { return a > b ? a : b; });
+  Floats sums = {};
+  for (int64_t i = 0; i < problem.padded_samples; i += kLanes) {
+    const Floats x = lanes < int32_t(problem.samples - i) ? load_vector<Floats>(logits + i) : lowest;
+    const Floats powers = exp_of_negative(x - maximum);
+    store_vector(probabilities + i, powers);
+    sums += powers;
+  }
+  const float scale = 1.0f / reduce<kLanes>(sums, [](auto a, auto b) { return a + b; });
+  for (int64_t i = 0; i < problem.padded_samples; i += kLanes) {
+    store_vector(probabilities + i, load_vector<Floats>(probabilities + i) * scale);
+  }
+}
+
+// What is added to the positions of each of the queries, once they are in pixels: (2, padded_samples) for each.
+INLINE void find_origins(const Problem& problem, int64_t first_query, int64_t last_query, float* origins) {
+  const SampleTable& table = problem.table;
+  const int64_t padded = problem.padded_samples;
+  for (int64_t query = first_query; query < last_query; query++, origins += 2 * padded) {
+    if (!problem.fused) {
+      for (int64_t i = 0; i < 2 * padded; i++) origins[i] = -0.5f;
+      continue;
+    }
+    const float* points = problem.reference_points + query / problem.queries * problem.reference_image_stride +
+                          query % problem.queries * problem.reference_levels * 2;
+    for (int64_t i = 0; i < padded; i++) {
+      const float* point = points + (problem.reference_levels == 1 ? 0 : table.level[i] * 2);
+      origins[i] = point[0] * table.width[i] - 0.5f;
+      origins[padded + i] = point[1] * table.height[i] - 0.5f;
+    }
+  }
+}
+
+template <bool kBackward>
+INLINE void locate(const Problem& problem, const float* origin, const float* positions, const Samples& samples) {
+  const SampleTable& table = problem.table;
+  const Ints lanes = lane_numbers();
+  constexpr auto each_lane = std::make_integer_sequence<int, kLanes>();
+  for (int64_t i = 0; i < problem.padded_samples; i += kLanes) {
+    const Floats low = load_vector<Floats>(positions + 2 * i);
+    const Floats high = load_vector<Floats>(positions + 2 * i + kLanes);
+    Floats x = even_elements(low, high, each_lane) * load_vector<Floats>(table.scale_x + i) +
+               load_vector<Floats>(origin + i);
+    Floats y = odd_elements(low, high, each_lane) * load_vector<Floats>(table.scale_y + i) +
+               load_vector<Floats>(origin + problem.padded_samples + i);
+
+    // NaN fails every comparison and is outside.
+    const Ints inside = (x > -1.0f) & (x < load_vector<Floats>(table.width + i)) & (y > -1.0f) &
+                        (y < load_vector<Floats>(table.height + i)) & (lanes < int32_t(problem.samples - i));
+    x = inside ? x : Floats{};
+    y = inside ? y : Floats{};
+
+    Ints left = __builtin_convertvector(x, Ints);
+    Ints upper = __builtin_convertvector(y, Ints);
+    left += __builtin_convertvector(left, Floats) > x;  // rounded towards zero, now down: true is -1
+    upper += __builtin_convertvector(upper, Floats) > y;
+    const Floats right_share = x - __builtin_convertvector(left, Floats);
+    const Floats lower_share = y - __builtin_convertvector(upper, Floats);
+
+    const Ints last_x = load_vector<Ints>(table.last_x + i);
+    const Ints last_y = load_vector<Ints>(table.last_y + i);
+    const Floats weight = inside ? load_vector<Floats>(samples.attention + i) : Floats{};
+    const Floats upper_weight = upper >= 0 ? weight * (1.0f - lower_share) : Floats{};
+    const Floats lower_weight = upper < last_y ? weight * lower_share : Floats{};
+    const Floats left_weight = left >= 0 ? 1.0f - right_share : Floats{};
+    const Floats right_weight = left < last_x ? right_share : Floats{};
+    store_vector(samples.weight[0] + i, upper_weight * left_weight);
+    store_vector(samples.weight[1] + i, upper_weight * right_weight);
+    store_vector(samples.weight[2] + i, lower_weight * left_weight);
+    store_vector(samples.weight[3] + i, lower_weight * right_weight);
+
+    // A corner outside has no weight; it reads its neighbour inside.
+    const Ints row = load_vector<Ints>(table.row + i);
+    const Ints first = load_vector<Ints>(table.first_token + i);
+    const Ints upper_row = first + (upper >= 0 ? upper : Ints{}) * row;
+    const Ints lower_row = first + (upper < last_y ? upper + 1 : last_y) * row;
+    const Ints left_column = left >= 0 ? left : Ints{};
+    const Ints right_column = left < last_x ? left + 1 : last_x;
+    store_vector(samples.token[0] + i, inside ? upper_row + left_column : Ints{} - 1);
+    store_vector(samples.token[1] + i, upper_row + right_column);
+    store_vector(samples.token[2] + i, lower_row + left_column);
+    store_vector(samples.token[3] + i, lower_row + right_column);
+
+    if constexpr (kBackward) {
+      store_vector(samples.left + i, left);
+      store_vector(samples.upper + i, upper);
+      store_vector(samples.right_share + i, right_share);
+      store_vector(samples.lower_share + i, lower_share);
+    }
+  }
+}
+
+class Locator {
+ public:
+  Locator(const Problem& problem, Memory& memory) : problem_(problem) {
+    const int64_t count = problem.padded_samples;
+    for (int corner = 0; corner < kCorners; corner++) {
+      samples_.weight[corner] = memory.floats(count);
+      samples_.token[corner] = memory.ints(count);
+    }
+    samples_.attention = memory.floats(count);
+    samples_.left = memory.ints(count);
+    samples_.upper = memory.ints(count);
+    samples_.right_share = memory.floats(count);
+    samples_.lower_share = memory.floats(count);
+    positions_ = memory.floats(2 * count);
+    scores_ = memory.floats(count);
+  }
+
+  // The samples of one unit, whose query has this origin; valid until the next call.
+  template <bool kBackward>
+  INLINE const Samples& samples_of(int64_t unit, const float* origin) {
+    const int64_t count = problem_.samples, padded = problem_.padded_samples;
+    const int64_t total = problem_.images * problem_.queries * problem_.heads * count;
+    const float* positions = as_floats(problem_.positions, problem_.position_type, unit * count * 2, count * 2,
+                                       padded * 2, total * 2, positions_);
+    const float* scores = as_floats(problem_.scores, problem_.score_type, unit * count, count, padded, total, scores_);
+    if (problem_.fused) {
+      softmax(problem_, scores, samples_.attention);
+    } else {
+      for (int64_t i = 0; i < padded; i += kLanes) {
+        store_vector(samples_.attention + i, load_vector<Floats>(scores + i));
+      }
+    }
+    locate<kBackward>(problem_, origin, positions, samples_);
+    return samples_;
+  }
+
+ private:
+  const Problem& problem_;
+  Samples samples_;
+  float *positions_, *scores_;
+};
+
+// One head of one image of the value.
+struct Rows {
+  const char* first;
+  int64_t stride;  // bytes
+
+  template <Type type>
+  static INLINE Rows of(const Problem& problem, int64_t image, int64_t head) {
+    constexpr int64_t size = Element<type>::kSize;
+    return {static_cast<const char*>(problem.value) +
+                (image * problem.value_image_stride + head * problem.value_head_stride) * size,
+            problem.value_token_stride * size};
+  }
+};
+
+// Writes kVectors vectors of the unit's output.
+template <Type type, int N, int kVectors>
+INLINE void add_up(const Problem& problem, const Samples& samples, Rows rows, char* output) {
+  using Number = Element<type>;
+  FloatsOf<N> upper[kVectors] = {}, lower[kVectors] = {};
+  for (int64_t sample = 0; sample < problem.samples; sample++) {
+    if (samples.token[0][sample] < 0) continue;
+    const char* row[kCorners];
+    float weight[kCorners];
+    for (int corner = 0; corner < kCorners; corner++) {
+      row[corner] = rows.first + samples.token[corner][sample] * rows.stride;
+      weight[corner] = samples.weight[corner][sample];
+    }
+    for (int i = 0; i < kVectors; i++) {
+      const int64_t start = i * N * Number::kSize;
+      upper[i] += weight[0] * Number::template load<N>(row[0] + start);
+      upper[i] += weight[1] * Number::template load<N>(row[1] + start);
+      lower[i] += weight[2] * Number::template load<N>(row[2] + start);
+      lower[i] += weight[3] * Number::template load<N>(row[3] + start);
+    }
+  }
+  for (int i = 0; i < kVectors; i++) Number::template store<N>(output + i * N * Number::kSize, upper[i] + lower[i]);
+}
+
+// Calls function(std::integral_constant<int, lanes>) with the most lanes that the head's channels are a multiple of.
+template <typename Function>
+INLINE void with_lanes(int64_t head_dim, Function function) {
+  if constexpr (kLanes == 16) {
+    if (head_dim % 16 != 0) return function(std::integral_constant<int, 8>());
+  }
+  function(std::integral_constant<int, kLanes>());
+}
+
+template <Type type, int N>
+void forward_typed(const Problem& problem, int64_t first_query, int64_t last_query, Memory memory) {
+  constexpr int64_t size = Element<type>::kSize;
+  float* origins = memory.floats(2 * kQueriesPerBlock * problem.padded_samples);
+  Locator locator(problem, memory);
+  for (int64_t block = first_query; block < last_query; block += kQueriesPerBlock) {
+    const int64_t block_end = block + kQueriesPerBlock < last_query ? block + kQueriesPerBlock : last_query;
+    find_origins(problem, block, block_end, origins);
+    for (int64_t head = 0; head < problem.heads; head++) {
+      for (int64_t query = block; query < block_end; query++) {
+        const int64_t unit = query * problem.heads + head;
+        const Samples& samples =
+            locator.samples_of<false>(unit, origins + (query - block) * 2 * problem.padded_samples);
+        Rows rows = Rows::of<type>(problem, query / problem.queries, head);
+        char* output = static_cast<char*>(problem.output) + unit * problem.head_dim * size;
+        int64_t left = problem.head_dim / N;
+        const auto add_up_next = [&](auto vectors) INLINE_LAMBDA {
+          add_up<type, N, vectors>(problem, samples, rows, output);
+          rows.first += vectors * N * size;
+          output += vectors * N * size;
+          left -= vectors;
+        };
+        while (left >= 4) add_up_next(std::integral_constant<int, 4>());
+        if (left >= 2) add_up_next(std::integral_constant<int, 2>());
+        if (left >= 1) add_up_next(std::integral_constant<int, 1>());
+      }
+    }
+  }
+}
+
+void forward(const Problem& problem, int64_t first_query, int64_t last_query, float* memory) {
+  with_type(problem.value_type, [&](auto type) {
+    with_lanes(problem.head_dim, [&](auto lanes) {
+      forward_typed<decltype(type)::value, decltype(lanes)::value>(problem, first_query, last_query, Memory{memory});
+    });
+  });
+}
+
+// For kLanes / kCorners samples: adds to the gradients of the rows around each, and gives the product of each row with
+// the gradient of the output, as [corner][sample]. kVectors is head_dim / N if known, else 0.
+template <Type type, int N, int kVectors>
+INLINE Floats spread(const Problem& problem, const Samples& samples, int64_t first_sample, Rows rows,
+                     const float* grad_output, float* grad_value) {
+  using Number = Element<type>;
+  constexpr int count = kLanes / kCorners;
+  const int64_t vectors = kVectors > 0 ? kVectors : problem.head_dim / N;
+  Floats products[kLanes];
+  for (int i = 0; i < count; i++) {
+    const int64_t sample = first_sample + i;
+    const bool outside = samples.token[0][sample] < 0;
+    for (int corner = 0; corner < kCorners; corner++) {
+      FloatsOf<N> product = {};
+      if (!outside) {
+        const int64_t token = samples.token[corner][sample];
+        const float weight = samples.weight[corner][sample];
+        const char* row = rows.first + token * rows.stride;
+        float* grad_row = grad_value + token * problem.head_dim;
+        for (int64_t j = 0; j < vectors; j++) {
+          const FloatsOf<N> grad = load_vector<FloatsOf<N>>(grad_output + j * N);
+          product += grad * Number::template load<N>(row + j * N * Number::kSize);
+          store_vector(grad_row + j * N, load_vector<FloatsOf<N>>(grad_row + j * N) + weight * grad);
+        }
+      }
+      Floats& wide = products[corner * count + i];
+      wide = Floats{};
+      __builtin_memcpy(&wide, &product, sizeof(product));
+    }
+  }
+  return sum_of_each(products);
+}
+
+// Where the unit's gradients of positions and scores are made; arrays of padded_samples, the first of twice as many.
+struct SampleGradients {
+  float *positions, *scores;
+};
+
+// `products`: of the row at each corner with the gradient of the output, four arrays of padded_samples.
+INLINE void differentiate(const Problem& problem, const Samples& samples, float* const* products,
+                          SampleGradients gradients) {
+  const SampleTable& table = problem.table;
+  constexpr auto each_lane = std::make_integer_sequence<int, kLanes>();
+  Floats sums = {};
+  for (int64_t i = 0; i < problem.padded_samples; i += kLanes) {
+    const Ints left = load_vector<Ints>(samples.left + i);
+    const Ints upper = load_vector<Ints>(samples.upper + i);
+    const Ints has_left = left >= 0, has_right = left < load_vector<Ints>(table.last_x + i);
+    const Ints has_upper = upper >= 0, has_lower = upper < load_vector<Ints>(table.last_y + i);
+    // What is outside the map is 0.
+    const Floats upper_left = has_upper & has_left ? load_vector<Floats>(products[0] + i) : Floats{};
+    const Floats upper_right = has_upper & has_right ? load_vector<Floats>(products[1] + i) : Floats{};
+    const Floats lower_left = has_lower & has_left ? load_vector<Floats>(products[2] + i) : Floats{};
+    const Floats lower_right = has_lower & has_right ? load_vector<Floats>(products[3] + i) : Floats{};
+
+    const Floats right_share = load_vector<Floats>(samples.right_share + i);
+    const Floats lower_share = load_vector<Floats>(samples.lower_share + i);
+    const Floats attention = load_vector<Floats>(samples.attention + i);
+    const Floats upper_slope = upper_right - upper_left, lower_slope = lower_right - lower_left;
+    const Floats upper_product = upper_left + right_share * upper_slope;
+    const Floats lower_product = lower_left + right_share * lower_slope;
+    const Floats grad_attention = upper_product + lower_share * (lower_product - upper_product);
+    const Floats grad_x = attention * (upper_slope + lower_share * (lower_slope - upper_slope));
+    const Floats grad_y = attention * (lower_product - upper_product);
+
+    store_vector(gradients.scores + i, grad_attention);
+    const Floats x = grad_x * load_vector<Floats>(table.scale_x + i);
+    const Floats y = grad_y * load_vector<Floats>(table.scale_y + i);
+    interleave(x, y, gradients.positions + 2 * i, each_lane);
+    const Ints is_sample = lane_numbers() < int32_t(problem.samples - i);
+    sums += is_sample ? attention * grad_attention : Floats{};
+  }
+  if (!problem.fused) return;
+  const float mean = reduce<kLanes>(sums, [](auto a, auto b) { return a + b; });
+  for (int64_t i = 0; i < problem.padded_samples; i += kLanes) {
+    const Floats attention = load_vector<Floats>(samples.attention + i);
+    store_vector(gradients.scores + i, attention * (load_vector<Floats>(gradients.scores + i) - mean));
+  }
+}
+
+template <Type type, int N, int kVectors>
+void backward_typed(const Problem& problem, int64_t image, int64_t head, int64_t first_query, int64_t last_query,
+                    float* grad_value, Memory memory) {
+  using Number = Element<type>;
+  constexpr int samples_at_once = kLanes / kCorners;
+  float* origin = memory.floats(2 * problem.padded_samples);
+  Locator locator(problem, memory);
+  float* products[kCorners];
+  for (float*& product : products) product = memory.floats(problem.padded_samples);
+  const SampleGradients gradients = {memory.floats(2 * problem.padded_samples), memory.floats(problem.padded_samples)};
+  float* grad_output = memory.floats(problem.head_dim);
+  const Rows rows = Rows::of<type>(problem, image, head);
+
+  for (int64_t query = first_query; query < last_query; query++) {
+    const int64_t query_of_all = image * problem.queries + query;
+    const int64_t unit = query_of_all * problem.heads + head;
+    find_origins(problem, query_of_all, query_of_all + 1, origin);
+    const Samples& samples = locator.samples_of<true>(unit, origin);
+    const char* grad = static_cast<const char*>(problem.grad_output) + unit * problem.head_dim * Number::kSize;
+    for (int64_t i = 0; i < problem.head_dim; i += N) {
+      store_vector(grad_output + i, Number::template load<N>(grad + i * Number::kSize));
+    }
+    for (int64_t sample = 0; sample < problem.samples; sample += samples_at_once) {
+      const Floats sums = spread<type, N, kVectors>(problem, samples, sample, rows, grad_output, grad_value);
+      float parts[kCorners][samples_at_once];
+      store_vector(parts, sums);
+      for (int corner = 0; corner < kCorners; corner++) {
+        __builtin_memcpy(products[corner] + sample, parts[corner], sizeof(parts[corner]));
+      }
+    }
+    differentiate(problem, samples, products, gradients);
+    write_floats(gradients.positions, problem.grad_positions, problem.position_type, unit * problem.samples * 2,
+                 problem.samples * 2);
+    write_floats(gradients.scores, problem.grad_scores, problem.score_type, unit * problem.samples, problem.samples);
+  }
+}
+
+void backward(const Problem& problem, int64_t image, int64_t head, int64_t first_query, int64_t last_query,
+              float* grad_value, float* memory) {
+  with_type(problem.value_type, [&](auto type) {
+    with_lanes(problem.head_dim, [&](auto lanes) {
+      const auto run = [&](auto vectors) {
+        backward_typed<decltype(type)::value, decltype(lanes)::value, decltype(vectors)::value>(
+            problem, image, head, first_query, last_query, grad_value, Memory{memory});
+      };
+      // 32 channels a head is what models have.
+      if (problem.head_dim == 32) return run(std::integral_constant<int, 32 / decltype(lanes)::value>());
+      run(std::integral_constant<int, 0>());
+    });
+  });
+}
+
+template <Type type, int N>
+void store_grad_value_typed(const Problem& problem, int64_t image, int64_t head, const float* const* buffers,
+                            int64_t count, int64_t first_token, int64_t last_token) {
+  using Number = Element<type>;
+  for (int64_t token = first_token; token < last_token; token++) {
+    char* row = static_cast<char*>(problem.grad_value) +
+                ((image * problem.tokens + token) * problem.heads + head) * problem.head_dim * Number::kSize;
+    for (int64_t i = 0; i < problem.head_dim; i += N) {
+      FloatsOf<N> sum = load_vector<FloatsOf<N>>(buffers[0] + token * problem.head_dim + i);
+      for (int64_t buffer = 1; buffer < count; buffer++) {
+        sum += load_vector<FloatsOf<N>>(buffers[buffer] + token * problem.head_dim + i);
+      }
+      Number::template store<N>(row + i * Number::kSize, sum);
+    }
+  }
+}
+
+void store_grad_value(const Problem& problem, int64_t image, int64_t head, const float* const* buffers, int64_t count,
+                      int64_t first_token, int64_t last_token) {
+  with_type(problem.value_type, [&](auto type) {
+    with_lanes(problem.head_dim, [&](auto lanes) {
+      store_grad_value_typed<decltype(type)::value, decltype(lanes)::value>(problem, image, head, buffers, count,
+                                                                            first_token, last_token);
+    });
+  });
+}

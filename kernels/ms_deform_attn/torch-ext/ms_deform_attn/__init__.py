@@ -1,0 +1,2 @@
+from ._ops import ops
+__all__ = []
