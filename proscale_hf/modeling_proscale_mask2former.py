@@ -7,7 +7,7 @@ encoder, stands in files of its own; see `encoders.py`.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import ModelOutput
 
 from .configuration_proscale_mask2former import ProScaleMask2FormerConfig
+from .deformable_attention_kernel import PYTORCH, use_kernel
 from .losses import UniversalSegmentationLoss
 from .mask_decoder import MaskDecoder, MaskedCrossAttention, MaskEmbedderLinear, predict_masks
 from .ms_deform_attn import AttentionLogits, SamplingOffsets
@@ -105,6 +106,7 @@ class ProScaleMask2FormerPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["DeformableEncoderLayer", "MaskedAttentionLayer"]  # noqa: RUF012 - as transformers has it
+    deformable_attention_backend = PYTORCH  # or the kernel's repository or folder
 
     def load_state_dict(
         self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False
@@ -121,6 +123,21 @@ class ProScaleMask2FormerPreTrainedModel(PreTrainedModel):
             for name, tensor in state_dict.items()
         }
         return super().load_state_dict(renamed, strict, assign)
+
+    def set_use_kernels(self, use_kernels: bool, kernel_config: Any = None, mode: Any = None) -> None:
+        """
+        Run deformable attention in a compiled kernel, see `deformable_attention_kernel.py`; `from_pretrained(...,
+        use_kernels=True)` ends here.
+
+        Args:
+            use_kernels: load a kernel. What was loaded before stays in any case.
+            kernel_config: transformers' `KernelConfig`, to name a kernel.
+            mode: accepted as transformers gives it; the model's own mode counts, and every kernel trains.
+        """
+        if use_kernels:
+            self.kernel_config = kernel_config or self.kernel_config  # for changes between training and evaluation
+            self.deformable_attention_backend = use_kernel(self, self.device, self.training, self.kernel_config)
+        self._use_kernels = use_kernels
 
     def pad_to_stride(self, batch: torch.Tensor) -> torch.Tensor:
         """Pad (..., height, width) with 0 at the bottom and right to multiples of the largest feature stride."""

@@ -14,17 +14,17 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.integrations import use_kernel_forward_from_hub
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_proscale_mask2former import ProScaleMask2FormerConfig
+from .deformable_attention_kernel import FUSED_LAYER, LAYER, replaceable
 
 
 IM2COL_STEP = 64  # images that a compiled kernel handles at once
 BORDER_BEFORE, BORDER_AFTER = 1, 2  # rows and columns of zeros around a map that bilinear sampling can touch
 
 
-@use_kernel_forward_from_hub("MultiScaleDeformableAttention")
+@replaceable(LAYER)
 class MultiScaleDeformableAttention(nn.Module):
     """Sample values at given locations of several maps and add them up with given weights."""
 
@@ -107,7 +107,7 @@ def with_zero_border(
     return torch.cat([level.flatten(1, 2) for level in maps], dim=1), [tuple(level.shape[1:3]) for level in maps]
 
 
-@use_kernel_forward_from_hub("FusedMultiScaleDeformableAttention")
+@replaceable(FUSED_LAYER)
 class FusedMultiScaleDeformableAttention(nn.Module):
     """[`MultiScaleDeformableAttention`] from what the projections give: offsets in pixels and attention logits."""
 
