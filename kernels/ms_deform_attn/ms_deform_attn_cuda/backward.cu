@@ -1,6 +1,6 @@
 #include "launch.cuh"
 
-namespace ms_deform_attn {
+namespace ms_deform_attn::cuda {
 
 cudaError_t launch_backward(const Problem& problem, bool deterministic, int multiprocessors, cudaStream_t stream) {
   return with_type_and_lanes(problem, [&](auto scalar, auto lanes) {
@@ -29,4 +29,4 @@ cudaError_t launch_finish(const Problem& problem, bool deterministic, void* grad
   });
 }
 
-}  // namespace ms_deform_attn
+}  // namespace ms_deform_attn::cuda

@@ -1,6 +1,6 @@
 #include "launch.cuh"
 
-namespace ms_deform_attn {
+namespace ms_deform_attn::cuda {
 
 cudaError_t launch_forward(const Problem& problem, int multiprocessors, cudaStream_t stream) {
   return with_type_and_lanes(problem, [&](auto scalar, auto lanes) {
@@ -12,4 +12,4 @@ cudaError_t launch_forward(const Problem& problem, int multiprocessors, cudaStre
   });
 }
 
-}  // namespace ms_deform_attn
+}  // namespace ms_deform_attn::cuda

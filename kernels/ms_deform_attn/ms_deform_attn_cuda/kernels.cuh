@@ -9,7 +9,7 @@
 
 #include "memory.cuh"
 
-namespace ms_deform_attn {
+namespace ms_deform_attn::cuda {
 
 constexpr int kMaxThreads = 256;
 constexpr int kForwardBlocks = 4;   // per multiprocessor: 64 registers a thread
@@ -455,4 +455,4 @@ __global__ void __launch_bounds__(kMaxThreads) finish_kernel(const Problem probl
   }
 }
 
-}  // namespace ms_deform_attn
+}  // namespace ms_deform_attn::cuda

@@ -7,7 +7,7 @@
 #include "kernels.cuh"
 #include "launch.h"
 
-namespace ms_deform_attn {
+namespace ms_deform_attn::cuda {
 
 constexpr int kMaxGridHeight = 65535;
 constexpr int kLargestTileLog2 = 4;   // 4 x 4 queries
@@ -93,4 +93,4 @@ cudaError_t launch_tiled(Kernel kernel, const Problem& problem, int multiprocess
   return launch(kernel, grid, threads, stream, problem, tiles);
 }
 
-}  // namespace ms_deform_attn
+}  // namespace ms_deform_attn::cuda

@@ -10,7 +10,7 @@
 
 #include "problem.h"
 
-namespace ms_deform_attn {
+namespace ms_deform_attn::cuda {
 
 // Writes problem.output.
 cudaError_t launch_forward(const Problem& problem, int multiprocessors, cudaStream_t stream);
@@ -23,4 +23,4 @@ cudaError_t launch_backward(const Problem& problem, bool deterministic, int mult
 bool needs_finish(const Problem& problem, bool deterministic);
 cudaError_t launch_finish(const Problem& problem, bool deterministic, void* grad_value, cudaStream_t stream);
 
-}  // namespace ms_deform_attn
+}  // namespace ms_deform_attn::cuda

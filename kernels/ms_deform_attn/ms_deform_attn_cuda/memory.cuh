@@ -13,7 +13,7 @@
 
 #include "problem.h"
 
-namespace ms_deform_attn {
+namespace ms_deform_attn::cuda {
 
 // ---- 16 bytes of channels ------------------------------------------------------------------------------------------
 
@@ -187,4 +187,4 @@ __device__ __forceinline__ void add_to(int64_t* sums, int vector, int vectors, f
   }
 }
 
-}  // namespace ms_deform_attn
+}  // namespace ms_deform_attn::cuda

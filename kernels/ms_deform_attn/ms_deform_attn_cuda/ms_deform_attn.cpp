@@ -1,5 +1,6 @@
 // The operators on CUDA tensors: checks, memory, and a launch on the current stream.
 
+#include "../torch-ext/arguments.h"
 #include "../torch-ext/torch_binding.h"
 
 #include <c10/cuda/CUDAException.h>
@@ -17,17 +18,10 @@ namespace {
 constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
 constexpr int64_t kVectorBytes = 16;
 
-ElementType element_type(const at::Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return ElementType::kFloat32;
-    case at::kHalf:
-      return ElementType::kFloat16;
-    case at::kBFloat16:
-      return ElementType::kBfloat16;
-    default:
-      TORCH_CHECK(false, name, " must be float32, float16 or bfloat16, not ", tensor.scalar_type());
-  }
+ElementType element_type(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kFloat  ? ElementType::kFloat32
+         : tensor.scalar_type() == at::kHalf ? ElementType::kFloat16
+                                             : ElementType::kBfloat16;
 }
 
 bool aligned(const at::Tensor& tensor) {
@@ -54,82 +48,54 @@ struct Call {
   Problem problem = {};
   at::Tensor value, reference_points, positions, scores;
 
-  // reference_points: undefined in the plain form.
+  // reference_points: undefined in the plain form. grad_output: null in the forward pass.
   Call(const at::Tensor& value_, at::IntArrayRef spatial_shapes, const at::Tensor& reference_points_,
-       const at::Tensor& positions_, const at::Tensor& scores_) {
+       const at::Tensor& positions_, const at::Tensor& scores_, const at::Tensor* grad_output = nullptr) {
     const bool fused = reference_points_.defined();
-    TORCH_CHECK(value_.is_cuda(), "value must be a CUDA tensor, it is on ", value_.device());
-    for (const at::Tensor* tensor : {&reference_points_, &positions_, &scores_}) {
-      TORCH_CHECK(!tensor->defined() || tensor->device() == value_.device(), "all tensors must be on ", value_.device(),
-                  ", one is on ", tensor->device());
+    const Sizes sizes = fused ? check_fused_arguments(value_, spatial_shapes, reference_points_, positions_, scores_)
+                              : check_arguments(value_, spatial_shapes, positions_, scores_);
+    TORCH_CHECK(sizes.levels <= kMaxLevels, "the CUDA kernel takes ", kMaxLevels, " levels at most, not ", sizes.levels);
+    TORCH_CHECK(sizes.queries <= kMaxInt && sizes.levels * sizes.points <= kMaxInt && sizes.heads * sizes.head_dim <= kMaxInt,
+                "too many queries, points or channels for the CUDA kernel");
+    if (grad_output != nullptr) {
+      check_grad_output(*grad_output, value_, sizes);
     }
-    TORCH_CHECK(value_.dim() == 4, "value must be (batch, tokens, heads, head_dim), not ", value_.sizes());
-    TORCH_CHECK(value_.size(3) % 8 == 0 && value_.size(3) > 0, "head_dim must be a multiple of 8, not ", value_.size(3));
-    const int64_t levels = static_cast<int64_t>(spatial_shapes.size()) / 2;
-    TORCH_CHECK(spatial_shapes.size() % 2 == 0 && levels >= 1 && levels <= kMaxLevels,
-                "spatial_shapes must hold height and width of 1 to ", kMaxLevels, " levels, not ", spatial_shapes);
-    TORCH_CHECK(positions_.dim() == 6 && positions_.size(5) == 2 && positions_.size(0) == value_.size(0) &&
-                    positions_.size(2) == value_.size(2) && positions_.size(3) == levels,
-                fused ? "sampling_offsets" : "sampling_locations",
-                " must be (batch, queries, heads, levels, points, 2) = (", value_.size(0), ", queries, ", value_.size(2),
-                ", ", levels, ", points, 2), not ", positions_.sizes());
-    const at::IntArrayRef sizes = positions_.sizes();
-    if (fused) {
-      TORCH_CHECK(scores_.sizes() == at::IntArrayRef({sizes[0], sizes[1], sizes[2], sizes[3] * sizes[4]}),
-                  "attention_logits must be (batch, queries, heads, levels * points), not ", scores_.sizes());
-      TORCH_CHECK(reference_points_.dim() == 4 && (reference_points_.size(0) == 1 || reference_points_.size(0) == sizes[0]) &&
-                      reference_points_.size(1) == sizes[1] &&
-                      (reference_points_.size(2) == 1 || reference_points_.size(2) == levels) &&
-                      reference_points_.size(3) == 2,
-                  "reference_points must be (1 or batch, queries, 1 or levels, 2), not ", reference_points_.sizes());
-    } else {
-      TORCH_CHECK(scores_.sizes() == sizes.slice(0, 5),
-                  "attention_weights must be (batch, queries, heads, levels, points), not ", scores_.sizes());
-    }
-    TORCH_CHECK(sizes[1] <= kMaxInt && value_.size(2) * value_.size(3) <= kMaxInt && sizes[3] * sizes[4] <= kMaxInt,
-                "too many queries, channels or points");
 
     value = readable_value(value_);
-    // Locations want float32 in any case: bfloat16 could not tell neighbouring pixels apart.
-    positions = contiguous_and_aligned(fused ? positions_ : positions_.to(at::kFloat));
+    positions = contiguous_and_aligned(positions_);
     scores = contiguous_and_aligned(scores_);
 
     const int64_t vector = kVectorBytes / value.element_size();
-    problem.batch = value.size(0);
-    problem.tokens = value.size(1);
-    problem.queries = static_cast<int>(sizes[1]);
-    problem.heads = static_cast<int>(value.size(2));
-    problem.head_dim = static_cast<int>(value.size(3));
-    problem.levels = static_cast<int>(levels);
-    problem.points = static_cast<int>(sizes[4]);
-    problem.value_type = element_type(value, "value");
+    problem.batch = sizes.batch;
+    problem.tokens = sizes.tokens;
+    problem.queries = static_cast<int>(sizes.queries);
+    problem.heads = static_cast<int>(sizes.heads);
+    problem.head_dim = static_cast<int>(sizes.head_dim);
+    problem.levels = static_cast<int>(sizes.levels);
+    problem.points = static_cast<int>(sizes.points);
+    problem.value_type = element_type(value);
     problem.value = value.const_data_ptr();
     problem.value_image_stride = value.stride(0) / vector;
     problem.value_token_stride = static_cast<int>(value.stride(1) / vector);
     problem.value_head_stride = value.stride(2) / vector;
-    problem.position_type = element_type(positions, "sampling_offsets");
+    problem.position_type = element_type(positions);
     problem.positions = positions.const_data_ptr();
-    problem.score_type = element_type(scores, fused ? "attention_logits" : "attention_weights");
+    problem.score_type = element_type(scores);
     problem.scores = scores.const_data_ptr();
     if (fused) {
-      reference_points = contiguous_and_aligned(reference_points_.to(at::kFloat));
+      reference_points = contiguous_and_aligned(reference_points_);
       problem.reference_points = reference_points.const_data_ptr<float>();
       problem.reference_images = static_cast<int>(reference_points.size(0));
       problem.reference_levels = static_cast<int>(reference_points.size(2));
     }
 
-    int64_t tokens = 0;
-    for (int64_t i = 0; i < levels; ++i) {
-      const int64_t height = spatial_shapes[2 * i], width = spatial_shapes[2 * i + 1];
-      TORCH_CHECK(height >= 0 && width >= 0 && height <= kMaxInt && width <= kMaxInt, "level ", i, " is ", height, " x ", width);
-      problem.level[i] = {static_cast<int>(height), static_cast<int>(width), static_cast<int>(tokens)};
-      tokens += height * width;
-      TORCH_CHECK(tokens <= value.size(1), "spatial_shapes ", spatial_shapes, " need more than the ", value.size(1),
-                  " tokens of value");
+    int first_token = 0;
+    for (int i = 0; i < problem.levels; ++i) {
+      problem.level[i] = {static_cast<int>(spatial_shapes[2 * i]), static_cast<int>(spatial_shapes[2 * i + 1]), first_token};
+      first_token += problem.level[i].height * problem.level[i].width;
     }
-    TORCH_CHECK(tokens == value.size(1), "spatial_shapes ", spatial_shapes, " make ", tokens, " tokens, value has ",
-                value.size(1));
-    TORCH_CHECK(tokens * problem.value_token_stride <= kMaxInt, "value is too large: ", value_.sizes());
+    TORCH_CHECK(sizes.tokens * value.stride(1) / vector <= kMaxInt, "one image of value is too large for the CUDA kernel: ",
+                value_.sizes());
   }
 
   // Nothing to sample, or nobody to sample for.
@@ -159,17 +125,12 @@ at::Tensor run_forward(const Call& call) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> run_backward(const Call& call, const at::Tensor& grad_output_,
                                                             bool deterministic) {
   const c10::cuda::CUDAGuard guard(call.value.device());
-  const int64_t channels = static_cast<int64_t>(call.problem.heads) * call.problem.head_dim;
-  TORCH_CHECK(grad_output_.device() == call.value.device() &&
-                  grad_output_.sizes() == at::IntArrayRef({call.problem.batch, call.problem.queries, channels}),
-              "grad_output must be (batch, queries, heads * head_dim) on ", call.value.device(), ", not ",
-              grad_output_.sizes(), " on ", grad_output_.device());
   const bool fused = call.reference_points.defined();
   if (call.empty()) {
     return {at::zeros(call.value.sizes(), call.value.options()), at::zeros_like(call.positions),
             at::zeros_like(call.scores)};
   }
-  const at::Tensor grad_output = contiguous_and_aligned(grad_output_.to(call.value.scalar_type()));
+  const at::Tensor grad_output = contiguous_and_aligned(grad_output_);
   at::Tensor sums = at::zeros(call.value.sizes(), call.value.options().dtype(deterministic ? at::kLong : at::kFloat));
   at::Tensor grad_positions = at::empty_like(call.positions);
   at::Tensor grad_scores = at::empty_like(call.scores);
@@ -214,14 +175,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
                                                         at::IntArrayRef spatial_shapes,
                                                         const at::Tensor& sampling_locations,
                                                         const at::Tensor& attention_weights, bool deterministic) {
-  const Call call(value, spatial_shapes, at::Tensor(), sampling_locations, attention_weights);
-  auto [grad_value, grad_locations, grad_weights] = run_backward(call, grad_output, deterministic);
-  return {grad_value, grad_locations.to(sampling_locations.scalar_type()), grad_weights};
+  const Call call(value, spatial_shapes, at::Tensor(), sampling_locations, attention_weights, &grad_output);
+  return run_backward(call, grad_output, deterministic);
 }
 
 at::Tensor fused_forward(const at::Tensor& value, at::IntArrayRef spatial_shapes, const at::Tensor& reference_points,
                          const at::Tensor& sampling_offsets, const at::Tensor& attention_logits) {
-  TORCH_CHECK(reference_points.defined(), "reference_points are missing");
   return run_forward(Call(value, spatial_shapes, reference_points, sampling_offsets, attention_logits));
 }
 
@@ -230,8 +189,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fused_backward(const at::Tensor& 
                                                               const at::Tensor& reference_points,
                                                               const at::Tensor& sampling_offsets,
                                                               const at::Tensor& attention_logits, bool deterministic) {
-  TORCH_CHECK(reference_points.defined(), "reference_points are missing");
-  const Call call(value, spatial_shapes, reference_points, sampling_offsets, attention_logits);
+  const Call call(value, spatial_shapes, reference_points, sampling_offsets, attention_logits, &grad_output);
   return run_backward(call, grad_output, deterministic);
 }
 

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-namespace ms_deform_attn {
+namespace ms_deform_attn::cuda {
 
 constexpr int kMaxLevels = 8;
 
@@ -59,4 +59,4 @@ struct Problem {
   const float* weight_bound;  // deterministic, plain form: the largest |attention weight|, on the device
 };
 
-}  // namespace ms_deform_attn
+}  // namespace ms_deform_attn::cuda

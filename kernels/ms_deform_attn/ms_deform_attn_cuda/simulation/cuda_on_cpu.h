@@ -222,7 +222,7 @@ inline bool __any_sync(unsigned int, bool vote) {
 
 inline void __syncwarp() { cuda_on_cpu::Warp::exchange('b', 0, 0); }
 
-namespace ms_deform_attn {
+namespace ms_deform_attn::cuda {
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t, const Arguments&... arguments) {
@@ -252,4 +252,4 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaSt
   return cudaSuccess;
 }
 
-}  // namespace ms_deform_attn
+}  // namespace ms_deform_attn::cuda

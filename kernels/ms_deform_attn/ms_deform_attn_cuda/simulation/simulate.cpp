@@ -3,7 +3,7 @@
 #include "../backward.cu"
 #include "../forward.cu"
 
-using ms_deform_attn::Problem;
+using ms_deform_attn::cuda::Problem;
 
 extern "C" {
 
@@ -12,17 +12,17 @@ int problem_bytes() { return sizeof(Problem); }
 void set_warp_order_seed(unsigned int seed) { cuda_on_cpu::warp_order_seed = seed; }
 
 int forward(const Problem* problem, int multiprocessors) {
-  return ms_deform_attn::launch_forward(*problem, multiprocessors, nullptr);
+  return ms_deform_attn::cuda::launch_forward(*problem, multiprocessors, nullptr);
 }
 
 int backward(const Problem* problem, bool deterministic, int multiprocessors) {
-  return ms_deform_attn::launch_backward(*problem, deterministic, multiprocessors, nullptr);
+  return ms_deform_attn::cuda::launch_backward(*problem, deterministic, multiprocessors, nullptr);
 }
 
 int finish(const Problem* problem, bool deterministic, void* grad_value) {
-  if (!ms_deform_attn::needs_finish(*problem, deterministic)) {
+  if (!ms_deform_attn::cuda::needs_finish(*problem, deterministic)) {
     return -1;
   }
-  return ms_deform_attn::launch_finish(*problem, deterministic, grad_value, nullptr);
+  return ms_deform_attn::cuda::launch_finish(*problem, deterministic, grad_value, nullptr);
 }
 }

@@ -1,7 +1,7 @@
 """The CUDA kernels' logic, run on the CPU lane by lane (see cuda_on_cpu.h), against grid_sample in float64.
 
-Needs g++ only: `pytest kernels/ms_deform_attn/ms_deform_attn_cuda/simulation`. With SIMULATION_FLAGS=-fsanitize=address and
-LD_PRELOAD=$(g++ -print-file-name=libasan.so) every access of the kernels is checked as well.
+Needs g++ only: `pytest kernels/ms_deform_attn/ms_deform_attn_cuda/simulation`. SIMULATION_FLAGS=-fsanitize=address with
+LD_PRELOAD=$(g++ -print-file-name=libasan.so) and ASAN_OPTIONS=detect_leaks=0 checks every access of the kernels.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ class Level(ctypes.Structure):
 
 
 class Problem(ctypes.Structure):
-    """`ms_deform_attn::Problem` of problem.h, field for field."""
+    """`ms_deform_attn::cuda::Problem` of problem.h, field for field."""
 
     _fields_ = [
         ("batch", ctypes.c_int64),
@@ -181,7 +181,7 @@ class Case:
         """Output and gradients in float64, through grid_sample."""
         leaves = [leaf.double().requires_grad_() for leaf in (self.value, self.positions, self.scores)]
         value, positions, scores = leaves
-        batch, queries, heads, levels, points, _ = positions.shape
+        batch, queries, heads = positions.shape[:3]
         head_dim = value.shape[-1]
         # what is not finite touches no pixel
         finite = torch.isfinite(positions).all(-1, keepdim=True)
