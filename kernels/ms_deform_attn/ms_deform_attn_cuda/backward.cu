@@ -7,8 +7,10 @@ cudaError_t launch_backward(const Problem& problem, bool deterministic, int mult
     using Scalar = decltype(scalar);
     constexpr int kLanes = decltype(lanes)::value;
     const bool fused = problem.reference_points != nullptr;
-    const auto exact = fused ? backward_kernel<Scalar, kLanes, true, int64_t> : backward_kernel<Scalar, kLanes, false, int64_t>;
-    const auto fast = fused ? backward_kernel<Scalar, kLanes, true, float> : backward_kernel<Scalar, kLanes, false, float>;
+    const auto exact =
+        fused ? backward_kernel<Scalar, kLanes, true, int64_t> : backward_kernel<Scalar, kLanes, false, int64_t>;
+    const auto fast =
+        fused ? backward_kernel<Scalar, kLanes, true, float> : backward_kernel<Scalar, kLanes, false, float>;
     return launch_tiled<kLanes>(deterministic ? exact : fast, problem, multiprocessors, stream);
   });
 }
@@ -24,8 +26,8 @@ cudaError_t launch_finish(const Problem& problem, bool deterministic, void* grad
     const int64_t vectors = problem.batch * problem.tokens * problem.heads * problem.head_dim / kVectorSize<Scalar>;
     const int64_t blocks = (vectors + kMaxThreads - 1) / kMaxThreads;
     const auto kernel = deterministic ? finish_kernel<Scalar, int64_t> : finish_kernel<Scalar, float>;
-    return launch(kernel, dim3(static_cast<int>(blocks < kMaxBlocks ? blocks : kMaxBlocks)), kMaxThreads, stream, problem,
-                  static_cast<Scalar*>(grad_value));
+    return launch(kernel, dim3(static_cast<int>(blocks < kMaxBlocks ? blocks : kMaxBlocks)), kMaxThreads, stream,
+                  problem, static_cast<Scalar*>(grad_value));
   });
 }
 

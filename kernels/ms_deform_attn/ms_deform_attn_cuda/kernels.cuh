@@ -1,9 +1,10 @@
-// The kernels. A unit (image, query, head) is shared by kLanes neighbouring lanes of a warp, each holding 16 bytes of the
-// head's channels, so that the lanes of a unit read a corner of a sample in one coalesced access. What is the same for all
-// channels (softmax, position, bilinear weights) is worked out once, one sample per lane, and handed to the other lanes.
+// The kernels. A unit (image, query, head) is shared by kLanes neighbouring lanes of a warp, each holding 16 bytes of
+// the head's channels, so that the lanes of a unit read a corner of a sample in one coalesced access. What is the same
+// for all channels (softmax, position, bilinear weights) is worked out once, one sample per lane, and handed to the
+// other lanes.
 //
-// Every lane of a warp walks through the same levels and rounds of samples, active or not: the exchanges need all of them.
-// The file compiles as plain C++ too (see simulation/).
+// Every lane of a warp walks through the same levels and rounds of samples, active or not: the exchanges need all of
+// them. The file compiles as plain C++ too (see simulation/).
 
 #pragma once
 
@@ -169,8 +170,8 @@ struct Place {
 };
 
 template <bool kFused>
-__device__ __forceinline__ Place find_place(const Problem& problem, const Unit& unit, int level_index, const Level& level,
-                                            int64_t sample) {
+__device__ __forceinline__ Place find_place(const Problem& problem, const Unit& unit, int level_index,
+                                            const Level& level, int64_t sample) {
   const float2 position = load_pair(problem.positions, sample, problem.position_type);
   const float width = static_cast<float>(level.width), height = static_cast<float>(level.height);
   float x, y;
@@ -194,23 +195,26 @@ __device__ __forceinline__ Place find_place(const Problem& problem, const Unit& 
 
 // ---- Forward -------------------------------------------------------------------------------------------------------
 
-// A sample as the forward pass needs it: where its four corners' channels lie, in vectors from the first token, and what
-// each counts. A corner beyond the edge has no weight and repeats its neighbour, so that every address is a good one. A
-// sample that touches no pixel has a negative first address: weight 0 alone would let a value that is no number through.
+// A sample as the forward pass needs it: where its four corners' channels lie, in vectors from the first token, and
+// what each counts. A corner beyond the edge has no weight and repeats its neighbour, so that every address is a good
+// one. A sample that touches no pixel has a negative first address: weight 0 alone would let a value that is no number
+// through.
 struct Sample {
   int4 corners;
   float4 factors;
 };
 
-__device__ __forceinline__ Sample weigh_corners(const Place& place, const Level& level, int token_stride, float weight) {
+__device__ __forceinline__ Sample weigh_corners(const Place& place, const Level& level, int token_stride,
+                                                float weight) {
   const unsigned int on_map = place.corners_on_map(level);
   const int left = max(place.column, 0), right = min(place.column + 1, level.width - 1);
   const int top = level.first_token + max(place.row, 0) * level.width;
   const int bottom = level.first_token + min(place.row + 1, level.height - 1) * level.width;
-  return Sample{make_int4(on_map ? (top + left) * token_stride : -1, (top + right) * token_stride,
-                          (bottom + left) * token_stride, (bottom + right) * token_stride),
-                make_float4(on_map & 1u ? weight * place.share(0) : 0.0f, on_map & 2u ? weight * place.share(1) : 0.0f,
-                            on_map & 4u ? weight * place.share(2) : 0.0f, on_map & 8u ? weight * place.share(3) : 0.0f)};
+  return Sample{
+      make_int4(on_map ? (top + left) * token_stride : -1, (top + right) * token_stride,
+                (bottom + left) * token_stride, (bottom + right) * token_stride),
+      make_float4(on_map & 1u ? weight * place.share(0) : 0.0f, on_map & 2u ? weight * place.share(1) : 0.0f,
+                  on_map & 4u ? weight * place.share(2) : 0.0f, on_map & 8u ? weight * place.share(3) : 0.0f)};
 }
 
 template <typename Scalar>
@@ -236,7 +240,8 @@ __global__ void __launch_bounds__(kMaxThreads, kForwardBlocks)
     const int64_t unit_index = unit.index(problem);
     const Weights<kLanes, kFused> weights(problem, unit_index, lane);
 
-    for (int first_channel = 0; first_channel < problem.head_dim; first_channel += kLanes * kSize) {  // once, if not wide
+    for (int first_channel = 0; first_channel < problem.head_dim;
+         first_channel += kLanes * kSize) {  // once, if not wide
       const bool has_channels = first_channel + lane * kSize < problem.head_dim;
       const int channel = has_channels ? first_channel + lane * kSize : first_channel;
       const uint4* values = static_cast<const uint4*>(problem.value) + unit.image * problem.value_image_stride +
@@ -290,8 +295,8 @@ __global__ void __launch_bounds__(kMaxThreads, kForwardBlocks)
 
 // ---- Backward ------------------------------------------------------------------------------------------------------
 
-// Fixed point for the gradient of the value: a sum of `count` products of at most `grad_bound` and `weight_bound` stays
-// below 2^61, so that 64-bit integers hold it, in steps far below what float32 would round each addition to.
+// Fixed point for the gradient of the value: a sum of `count` products of at most `grad_bound` and `weight_bound`
+// stays below 2^61, so that 64-bit integers hold it, in steps far below what float32 would round each addition to.
 __device__ __forceinline__ int fixed_point_exponent(const Problem& problem) {
   int grad_exponent, weight_exponent = 0, count_exponent;
   frexpf(*problem.grad_bound, &grad_exponent);
@@ -389,7 +394,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBackwardBlocks)
 
           const float grad_weight = sum_of_lanes<kLanes>(shares[0] * products[0] + shares[1] * products[1] +
                                                          shares[2] * products[2] + shares[3] * products[3]);
-          const float grad_x = sum_of_lanes<kLanes>(up * (products[1] - products[0]) + down * (products[3] - products[2]));
+          const float grad_x =
+              sum_of_lanes<kLanes>(up * (products[1] - products[0]) + down * (products[3] - products[2]));
           const float grad_y =
               sum_of_lanes<kLanes>(left * (products[2] - products[0]) + right * (products[3] - products[1]));
           if (lane == owner) {

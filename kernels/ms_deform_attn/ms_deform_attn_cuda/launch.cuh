@@ -10,8 +10,8 @@
 namespace ms_deform_attn::cuda {
 
 constexpr int kMaxGridHeight = 65535;
-constexpr int kLargestTileLog2 = 4;   // 4 x 4 queries
-constexpr int kBlocksToFillOne = 4;   // per multiprocessor, before tiles are made smaller
+constexpr int kLargestTileLog2 = 4;  // 4 x 4 queries
+constexpr int kBlocksToFillOne = 4;  // per multiprocessor, before tiles are made smaller
 
 #ifndef MS_DEFORM_ATTN_SIMULATION
 template <typename... Parameters, typename... Arguments>

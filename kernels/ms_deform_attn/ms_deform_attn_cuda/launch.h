@@ -19,7 +19,8 @@ cudaError_t launch_forward(const Problem& problem, int multiprocessors, cudaStre
 // `deterministic` these are fixed-point numbers.
 cudaError_t launch_backward(const Problem& problem, bool deterministic, int multiprocessors, cudaStream_t stream);
 
-// Writes the value's gradient, in its type, from grad_sums. Where the sums are the gradient already nothing needs to run.
+// Writes the value's gradient, in its type, from grad_sums. Where the sums are the gradient already nothing needs to
+// run.
 bool needs_finish(const Problem& problem, bool deterministic);
 cudaError_t launch_finish(const Problem& problem, bool deterministic, void* grad_value, cudaStream_t stream);
 

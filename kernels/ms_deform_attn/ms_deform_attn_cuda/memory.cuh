@@ -20,7 +20,8 @@ namespace ms_deform_attn::cuda {
 template <typename Scalar>
 constexpr int kVectorSize = 16 / static_cast<int>(sizeof(Scalar));
 
-// The vector base[index]. The address is one multiply-add this way; by itself the compiler takes the sum apart into four.
+// The vector base[index]. The address is one multiply-add this way; by itself the compiler takes the sum apart into
+// four.
 __device__ __forceinline__ uint4 load_vector(const uint4* base, int index) {
 #ifdef __CUDA_ARCH__
   const uint4* address;
@@ -102,8 +103,8 @@ __device__ __forceinline__ uint4 narrow(const float (&channels)[8], Scalar type)
 }
 
 // ---- Elements of a type known at run time --------------------------------------------------------------------------
-// Positions and scores are read once per sample, not once per channel: a branch that the whole warp takes costs little,
-// and saves compiling every kernel for every mix of types.
+// Positions and scores are read once per sample, not once per channel: a branch that the whole warp takes costs
+// little, and saves compiling every kernel for every mix of types.
 
 __device__ __forceinline__ float load_element(const void* data, int64_t index, ElementType type) {
   switch (type) {
@@ -142,13 +143,14 @@ __device__ __forceinline__ void store_element(void* data, int64_t index, float n
 }
 
 // ---- Sums that many threads add to ---------------------------------------------------------------------------------
-// The sums of a head do not lie in the order of its channels: what the lanes of a unit add in one instruction lies side by
-// side, so that it travels in full 32-byte sectors. float32 is added by fours, 64-bit integers one by one.
+// The sums of a head do not lie in the order of its channels: what the lanes of a unit add in one instruction lies
+// side by side, so that it travels in full 32-byte sectors. float32 is added by fours, 64-bit integers one by one.
 
 template <typename Accumulator>
 constexpr int kAddedAtOnce = sizeof(Accumulator) == 4 ? 4 : 1;
 
-// Where in its head's sums channel i of vector `vector` lies. In float32 with vectors of four this is the channel itself.
+// Where in its head's sums channel i of vector `vector` lies. In float32 with vectors of four this is the channel
+// itself.
 template <typename Accumulator>
 __device__ __forceinline__ int slot(int vector, int vectors, int i) {
   constexpr int kAtOnce = kAddedAtOnce<Accumulator>;
@@ -157,8 +159,8 @@ __device__ __forceinline__ int slot(int vector, int vectors, int i) {
 
 // Adds factor * channels to the sums of a head.
 template <int kSize>
-__device__ __forceinline__ void add_to(float* sums, int vector, int vectors, float factor, const float (&channels)[kSize],
-                                       float) {
+__device__ __forceinline__ void add_to(float* sums, int vector, int vectors, float factor,
+                                       const float (&channels)[kSize], float) {
 #pragma unroll
   for (int i = 0; i < kSize; i += 4) {
     float* const address = sums + slot<float>(vector, vectors, i);
@@ -177,8 +179,8 @@ __device__ __forceinline__ void add_to(float* sums, int vector, int vectors, flo
 
 // The same in fixed point. Integers add up to the same sum in any order, which is what makes it deterministic.
 template <int kSize>
-__device__ __forceinline__ void add_to(int64_t* sums, int vector, int vectors, float factor, const float (&channels)[kSize],
-                                       float scale) {
+__device__ __forceinline__ void add_to(int64_t* sums, int vector, int vectors, float factor,
+                                       const float (&channels)[kSize], float scale) {
 #pragma unroll
   for (int i = 0; i < kSize; ++i) {
     const long long steps = __float2ll_rn(factor * channels[i] * scale);

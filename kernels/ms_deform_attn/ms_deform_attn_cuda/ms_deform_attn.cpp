@@ -54,9 +54,11 @@ struct Call {
     const bool fused = reference_points_.defined();
     const Sizes sizes = fused ? check_fused_arguments(value_, spatial_shapes, reference_points_, positions_, scores_)
                               : check_arguments(value_, spatial_shapes, positions_, scores_);
-    TORCH_CHECK(sizes.levels <= kMaxLevels, "the CUDA kernel takes ", kMaxLevels, " levels at most, not ", sizes.levels);
-    TORCH_CHECK(sizes.queries <= kMaxInt && sizes.levels * sizes.points <= kMaxInt && sizes.heads * sizes.head_dim <= kMaxInt,
-                "too many queries, points or channels for the CUDA kernel");
+    TORCH_CHECK(sizes.levels <= kMaxLevels, "the CUDA kernel takes ", kMaxLevels, " levels at most, not ",
+                sizes.levels);
+    TORCH_CHECK(
+        sizes.queries <= kMaxInt && sizes.levels * sizes.points <= kMaxInt && sizes.heads * sizes.head_dim <= kMaxInt,
+        "too many queries, points or channels for the CUDA kernel");
     if (grad_output != nullptr) {
       check_grad_output(*grad_output, value_, sizes);
     }
@@ -91,11 +93,12 @@ struct Call {
 
     int first_token = 0;
     for (int i = 0; i < problem.levels; ++i) {
-      problem.level[i] = {static_cast<int>(spatial_shapes[2 * i]), static_cast<int>(spatial_shapes[2 * i + 1]), first_token};
+      problem.level[i] = {static_cast<int>(spatial_shapes[2 * i]), static_cast<int>(spatial_shapes[2 * i + 1]),
+                          first_token};
       first_token += problem.level[i].height * problem.level[i].width;
     }
-    TORCH_CHECK(sizes.tokens * value.stride(1) / vector <= kMaxInt, "one image of value is too large for the CUDA kernel: ",
-                value_.sizes());
+    TORCH_CHECK(sizes.tokens * value.stride(1) / vector <= kMaxInt,
+                "one image of value is too large for the CUDA kernel: ", value_.sizes());
   }
 
   // Nothing to sample, or nobody to sample for.

@@ -1,7 +1,7 @@
 // What a launch needs to know, free of torch and of CUDA, so that the kernels compile without either.
 //
-// Names: `tokens` are the rows of the value, map after map; a `level` is one map; a `sample` is one point of one level;
-// a `unit` is one (image, query, head), the piece of work that a few lanes of a warp share.
+// Names: `tokens` are the rows of the value, map after map; a `level` is one map; a `sample` is one point of one
+// level; a `unit` is one (image, query, head), the piece of work that a few lanes of a warp share.
 
 #pragma once
 

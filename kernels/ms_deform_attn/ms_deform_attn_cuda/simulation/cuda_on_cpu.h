@@ -1,8 +1,8 @@
 // The part of CUDA that the kernels use, for a CPU: a slow but faithful run of their logic where there is no GPU.
 //
-// The lanes of a warp are contexts of their own on one thread, and run one after the other up to the next exchange among
-// lanes (shuffle, vote, __syncwarp); there every lane must arrive, or the program stops, as a GPU would hang or go wrong.
-// Warps run in an order drawn from `warp_order_seed`, so that what depends on the order shows.
+// The lanes of a warp are contexts of their own on one thread, and run one after the other up to the next exchange
+// among lanes (shuffle, vote, __syncwarp); there every lane must arrive, or the program stops, as a GPU would hang or
+// go wrong. Warps run in an order drawn from `warp_order_seed`, so that what depends on the order shows.
 
 #pragma once
 
@@ -88,7 +88,10 @@ inline __nv_bfloat16 __float2bfloat16_rn(float number) {
 }
 
 inline long long __float2ll_rn(float number) {
-  return std::fabs(number) < 0x1p63f ? std::llrint(number) : std::isnan(number) ? INT64_MIN : number > 0 ? INT64_MAX : INT64_MIN;
+  return std::fabs(number) < 0x1p63f ? std::llrint(number)
+         : std::isnan(number)        ? INT64_MIN
+         : number > 0                ? INT64_MAX
+                                     : INT64_MIN;
 }
 
 inline float __expf(float number) { return std::exp(number); }
@@ -225,7 +228,8 @@ inline void __syncwarp() { cuda_on_cpu::Warp::exchange('b', 0, 0); }
 namespace ms_deform_attn::cuda {
 
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t, const Arguments&... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t,
+                   const Arguments&... arguments) {
   struct Start {
     unsigned int x, y;
     int first_thread;
