@@ -4,32 +4,45 @@ Usage: `python -m convert.detectron2 --config FILE.yaml --checkpoint FILE.pth --
 """
 
 import argparse
-import re
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import is_torchvision_available
 
 import proscale_hf
 from proscale_hf import ProScaleMask2FormerConfig, ProScaleMask2FormerForUniversalSegmentation
+from proscale_hf.data.categories import load_categories, read_categories
 
 from . import ConversionError
+from .backbone import check_training_conditions, rename_backbone
 from .detectron2_config import (
+    Detectron2Config,
+    dataset_of,
     image_processor_settings,
-    known_stuff_ids,
     model_settings,
     read_config,
     reads_bgr,
 )
+from .model_building import build_model, expected_tensors, to_float32
+from .output import check_output, check_shard_size, write_model_folder
+from .publishing import add_publishing_options, check_publishing, publish
 from .rename import IMAGE_CONVOLUTION, rename_state_dict
 from .safe_pickle import load_checkpoint
+from .verification import compare_with_recorded, report_on_image
+
+
+# Said of every checkpoint of the original PRO-SCALE code, whose licence covers the weights it is released with.
+PROSCALE_WEIGHTS_LICENSE = "other: non-commercial evaluation, without redistribution"
 
 
 def convert_checkpoint(
-    config_path: str | Path, checkpoint_path: str | Path, stuff_ids: Sequence[int] | None = None
+    config_path: str | Path,
+    checkpoint_path: str | Path,
+    categories: Sequence[Mapping[str, Any]] | None = None,
+    backbone_only: bool = False,
 ) -> tuple[ProScaleMask2FormerForUniversalSegmentation, BaseImageProcessor]:
     """
     Build the model and the image processor that a detectron2 checkpoint stands for.
@@ -37,114 +50,163 @@ def convert_checkpoint(
     Args:
         config_path: Its YAML configuration: a full dump, or a file with a `_BASE_` chain.
         checkpoint_path: Its `.pth` or `.pkl` file.
-        stuff_ids: Label ids of the classes without instances. By default those of the configuration's data
-            set if that is COCO, ADE20K or Cityscapes, and otherwise none.
+        categories: The classes in label order, as COCO-panoptic categories. By default those of the
+            configuration's data set if that is COCO, ADE20K, Cityscapes or Mapillary Vistas, and else none.
+        backbone_only: The checkpoint is an ImageNet backbone; everything else of the model is freshly initialised.
 
     Returns:
         The model in float32 and evaluation mode, and the image processor.
 
     Raises:
         ConversionError: a file is missing, damaged or unsafe, the configuration has a value without an
-            equivalent, or checkpoint and configuration do not fit each other.
+            equivalent, or checkpoint, configuration and categories do not fit each other.
     """
     config = read_config(config_path)
     processor_settings = image_processor_settings(config)
+    settings = model_settings(config)
+    if categories is None:
+        categories = known_categories(config)
+    elif backbone_only:
+        settings["num_labels"] = len(categories)
+    elif len(categories) != settings["num_labels"]:
+        raise ConversionError(f"{len(categories)} labels are given, but the checkpoint has {settings['num_labels']}.")
+    if categories:
+        settings["id2label"] = {label: category["name"] for label, category in enumerate(categories)}
+        settings["categories"] = [dict(category) for category in categories]
+        del settings["num_labels"]
+    if settings["encoder"] == "proscale" and not backbone_only:
+        settings["weights_license"] = PROSCALE_WEIGHTS_LICENSE
     try:
-        model_config = ProScaleMask2FormerConfig(**model_settings(config))
+        model_config = ProScaleMask2FormerConfig(**settings)
     except ValueError as error:
         raise ConversionError(f"{config_path} describes no possible model: {error}") from error
-    if stuff_ids is None:
-        stuff_ids = known_stuff_ids(config) or ()
-    last_label = model_config.num_labels - 1
-    foreign_ids = [label for label in stuff_ids if not 0 <= label <= last_label]
-    if foreign_ids:
-        raise ConversionError(f"Stuff ids {foreign_ids} are no labels; labels are 0 to {last_label}.")
 
-    checkpoint = load_checkpoint(checkpoint_path)
-    model = ProScaleMask2FormerForUniversalSegmentation(model_config)
-    state = rename_state_dict(checkpoint, model.state_dict())
+    tensors = to_float32(load_checkpoint(checkpoint_path))
+    if backbone_only:
+        check_training_conditions(tensors, config)
+    rename = rename_backbone if backbone_only else rename_state_dict
+    state = rename(tensors, expected_tensors(model_config))
+    del tensors  # so that those that are cut in parts are freed one by one
     if reads_bgr(config):
         state.update({name: state[name].flip(1) for name in state if IMAGE_CONVOLUTION.fullmatch(name)})
-    model.load_state_dict(state)
+    model = build_model(model_config, state)
 
     processor_class = (
         proscale_hf.ProScaleMask2FormerImageProcessor
         if is_torchvision_available()
         else proscale_hf.ProScaleMask2FormerImageProcessorPil
     )
-    return model.eval(), processor_class(label_ids_to_fuse=list(stuff_ids), **processor_settings)
+    stuff_ids = [label for label, category in enumerate(categories or ()) if not category.get("isthing", 1)]
+    return model, processor_class(label_ids_to_fuse=stuff_ids, **processor_settings)
 
 
-def save(model: ProScaleMask2FormerForUniversalSegmentation, image_processor: BaseImageProcessor, output: Path) -> None:
-    """Write both into the folder `output`, completely or not at all."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as workspace:
-        folder = Path(workspace) / output.name
-        model.save_pretrained(folder)
-        image_processor.save_pretrained(folder)
-        folder.rename(output)
+def known_categories(config: Detectron2Config) -> list[dict[str, Any]] | None:
+    """The classes of the configuration's data set; None if it is not a known one or has another number of them."""
+    dataset = dataset_of(config)
+    categories = load_categories(dataset) if dataset else []
+    return categories if len(categories) == config["MODEL.SEM_SEG_HEAD.NUM_CLASSES"] else None
 
 
-def check_output(output: Path) -> None:
-    """Raise if there is something in the place of the new folder, other than an empty folder."""
-    if output.is_symlink():
-        raise ConversionError(f"{output} is a symbolic link; give the folder itself.")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConversionError(f"{output} exists already; give a new or an empty folder.")
-
-
-def parse_label_ids(text: str) -> list[int]:
-    """`"0,2,7-10"` as a list of numbers."""
-    if not re.fullmatch(r"(\d{1,6}(-\d{1,6})?(,|$))*", text):
-        raise argparse.ArgumentTypeError(f"label ids look like 7-10 or 7,8,9, not like {text!r}")
-    ids: list[int] = []
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        ids.extend(range(int(first), int(last or first) + 1))
-    return ids
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m convert.detectron2", description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True, help="the YAML file it was trained with")
     parser.add_argument("--checkpoint", type=Path, required=True, help="the .pth or .pkl file")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write, new or empty")
     parser.add_argument(
-        "--stuff-ids",
-        type=parse_label_ids,
-        metavar="IDS",
-        help="label ids of classes without instances: 7-10 or 7,8,9 (known for COCO, ADE20K, Cityscapes)",
+        "--labels",
+        type=Path,
+        metavar="FILE.json",
+        help="the classes: COCO-panoptic categories, or a list of names (known for COCO, ADE20K, Cityscapes and "
+        "Mapillary Vistas)",
     )
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--backbone-only",
+        action="store_true",
+        help="the checkpoint is an ImageNet backbone; the rest of the model is initialised for training",
+    )
+    parser.add_argument(
+        "--verify", type=Path, metavar="IMAGE", help="run the converted model on a picture and print what it found"
+    )
+    parser.add_argument(
+        "--expected",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="compare stage by stage with tensors recorded from the original, and fail if they depart",
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, help="largest error for --expected, relative (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-shard-size", default="50GB", metavar="SIZE", help="split weights into files of this size, 5GB say"
+    )
+    add_publishing_options(parser)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = build_parser().parse_args(arguments)
     try:
-        check_output(options.output)
-        model, image_processor = convert_checkpoint(options.config, options.checkpoint, options.stuff_ids)
-        save(model, image_processor, options.output)
+        run(options)
     except (ConversionError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(summary(model, image_processor, options.output))
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
+def run(options: argparse.Namespace) -> None:
+    """Convert, verify, write, publish: what fails leaves nothing behind."""
+    check_output(options.output)
+    check_shard_size(options.max_shard_size)
+    check_publishing(options)
+    for path in (options.verify, options.expected):
+        if path is not None and not path.is_file():
+            raise ConversionError(f"There is no file {path}.")
+    try:
+        categories = None if options.labels is None else read_categories(options.labels)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+    model, image_processor = convert_checkpoint(options.config, options.checkpoint, categories, options.backbone_only)
+    check_publishing(options, model.config)
+    if options.expected is not None:
+        print(compare_with_recorded(model, image_processor, options.expected, options.tolerance))
+    if options.verify is not None:
+        print(report_on_image(model, image_processor, options.verify))
+    write_model_folder(model, image_processor, options.output, options.max_shard_size)
+    print(summary(model, image_processor, options))
+    publish(options)
+
+
 def summary(
-    model: ProScaleMask2FormerForUniversalSegmentation, image_processor: BaseImageProcessor, output: Path
+    model: ProScaleMask2FormerForUniversalSegmentation,
+    image_processor: BaseImageProcessor,
+    options: argparse.Namespace,
 ) -> str:
     """What a person should know after the conversion."""
     config = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    stuff_ids = image_processor.label_ids_to_fuse
-    return "\n".join(
-        (
-            f"Wrote {output}: {config.backbone_config.model_type} backbone, {config.encoder} encoder, "
-            f"{config.num_labels} labels, {parameters / 1e6:.2f} M parameters.",
-            f"Stuff labels, merged in panoptic results: {stuff_ids}."
-            if stuff_ids
-            else "Stuff labels: none; if some classes have no instances, convert again with --stuff-ids.",
-            "Thresholds of post-processing are the image processor's own, not the configuration's.",
-        )
-    )
+    stuff = [config.id2label[label] for label in image_processor.label_ids_to_fuse]
+    lines = [
+        f"Wrote {options.output}: {config.backbone_config.model_type} backbone, {config.encoder} encoder, "
+        f"{config.num_labels} labels, {parameters / 1e6:.2f} M parameters.",
+        f"{len(stuff)} stuff labels, merged in panoptic results: {shortened(stuff)}."
+        if stuff
+        else "No stuff labels; if some classes have no instances, convert again with --labels.",
+        "Thresholds of post-processing are the image processor's own, not the configuration's.",
+    ]
+    if options.backbone_only:
+        lines.append("Only the backbone is trained; fine-tune the model before you use it.")
+    if config.weights_license:
+        lines.append(f"Licence of the original weights: {config.weights_license.partition(': ')[2]}.")
+    return "\n".join(lines)
+
+
+def shortened(names: Sequence[str], length: int = 5) -> str:
+    """The first few names."""
+    return ", ".join(names[:length]) + (", ..." if len(names) > length else "")
 
 
 if __name__ == "__main__":

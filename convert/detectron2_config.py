@@ -7,6 +7,7 @@ are refused.
 
 import ast
 import contextlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,6 @@ DEFAULTS: dict[str, Any] = {
     "MODEL.MASK_FORMER.OVERSAMPLE_RATIO": 3.0,
     "MODEL.MASK_FORMER.PRE_NORM": False,
     "MODEL.MASK_FORMER.SIZE_DIVISIBILITY": 32,
-    "MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD": 0.0,
-    "MODEL.MASK_FORMER.TEST.OVERLAP_THRESHOLD": 0.0,
     "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 12544,
     "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME": "MultiScaleMaskedTransformerDecoder",
     "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE": "res5",
@@ -102,19 +101,21 @@ RESNET_DEPTHS = {
     152: ("bottleneck", [3, 8, 36, 3]),
 }
 
-ADE20K_STUFF = """
-    0 1 2 3 4 5 6 9 11 13 16 17 21 25 26 28 29 34 40 46 48 51 52 54 59 60 61 63 68 77 79 84 91 94 96 99
-    100 101 105 106 109 113 114 117 122 128 131 140 141 145
-"""
-# Label ids of the classes without instances, by data set (first word of its name) and number of classes.
-STUFF_LABEL_IDS: dict[tuple[str, int], tuple[int, ...]] = {
-    ("coco", 133): tuple(range(80, 133)),
-    ("coco", 80): (),
-    ("cityscapes", 19): tuple(range(11)),
-    ("cityscapes", 8): (),
-    ("ade20k", 100): (),
-    ("ade20k", 150): tuple(map(int, ADE20K_STUFF.split())),
-}
+# Training sets that the originals register, as patterns, and the category sets that their labels are numbered by.
+DATASETS = tuple(
+    (re.compile(pattern), category_set)
+    for pattern, category_set in (
+        (r"coco_20(14|17)_(train|val|val_100|minival|valminusminival)", "coco_instance"),
+        (r"coco_2017_(train|val|val_100)_panoptic(_with_sem_seg)?", "coco_panoptic"),
+        (r"ade20k_instance_(train|val)", "ade20k_instance"),
+        (r"ade20k_panoptic_(train|val)", "ade20k_panoptic"),
+        (r"ade20k_sem_seg_(train|val)", "ade20k_semantic"),
+        (r"cityscapes_fine_instance_seg_(train|val)", "cityscapes_instance"),
+        (r"cityscapes_fine_(panoptic|sem_seg)_(train|val)", "cityscapes"),
+        (r"mapillary_vistas_panoptic_(train|val)", "mapillary_vistas"),
+        (r"mapillary_vistas_sem_seg_(train|val)", "mapillary_vistas_semantic"),
+    )
+)
 
 
 class Detectron2Config:
@@ -386,10 +387,18 @@ def reads_bgr(config: Detectron2Config) -> bool:
     return config.choose("INPUT.FORMAT", {"RGB": False, "BGR": True})
 
 
-def known_stuff_ids(config: Detectron2Config) -> tuple[int, ...] | None:
-    """Label ids of the training data's classes without instances; None if the data set is not a known one."""
+def dataset_of(config: Detectron2Config) -> str | None:
+    """
+    Args:
+        config: A Mask2Former or PRO-SCALE configuration.
+
+    Returns:
+        Name of the category set (`proscale_hf.data.categories`) of its first training set, which is the one the
+        originals take names and colours from; None if that is no set they register. The number of classes is not
+        looked at: a model may have been trained on the images of a known set with classes of its own.
+    """
     dataset = next(iter(config["DATASETS.TRAIN"]), "")
-    return STUFF_LABEL_IDS.get((dataset.partition("_")[0], config["MODEL.SEM_SEG_HEAD.NUM_CLASSES"]))
+    return next((category_set for pattern, category_set in DATASETS if pattern.fullmatch(dataset)), None)
 
 
 def image_processor_settings(config: Detectron2Config) -> dict[str, Any]:

@@ -6,7 +6,7 @@ the source tensor into as many equal parts along its first axis: query, key and 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -141,11 +141,16 @@ OLD_NAMES = (
 )
 
 # Source tensors that follow from the configuration.
-DERIVED = re.compile(r"criterion\.empty_weight|pixel_(mean|std)|.*\.(relative_position_index|num_batches_tracked)")
+DERIVED = re.compile(
+    r"criterion\.empty_weight|pixel_(mean|std)|.*\.(relative_position_index|attn_mask|num_batches_tracked)"
+)
 # Target tensors that no checkpoint has: derived ones, and Swin's last norm, which a Swin backbone never uses.
 WITHOUT_SOURCE = re.compile(r"criterion\.empty_weight|.*\.num_batches_tracked|.*\.swin\.layernorm\.[a-z]+")
 # The convolutions that read the image, whose input channels are the image's.
 IMAGE_CONVOLUTION = re.compile(r".*\.(patch_embeddings\.projection|embedder\.embedder\.convolution)\.weight")
+
+WRAPPER = "module."  # what `DistributedDataParallel` puts in front of every name
+LISTED = 20  # names in an error message; a checkpoint of another architecture has hundreds of misfits
 
 
 def target_names(source_name: str) -> tuple[str, ...]:
@@ -186,31 +191,68 @@ def rename_state_dict(source: Mapping[str, Tensor], expected: Mapping[str, Tenso
         expected: State dict of the model to fill; its values stay where no checkpoint has any.
 
     Returns:
-        A complete state dict of the model. Tensors are views of the source's where possible.
+        A complete state dict of the model. Tensors are views of the source's where the types are the same.
 
     Raises:
-        ConversionError: tensors are unmapped, missing or misshapen; the message lists every one.
+        ConversionError: tensors are unmapped, missing or misshapen; the message names them.
     """
-    state = {name: tensor for name, tensor in expected.items() if WITHOUT_SOURCE.fullmatch(name)}
+    own = {name: tensor for name, tensor in expected.items() if WITHOUT_SOURCE.fullmatch(name)}
+    return own | rename_tensors(without_wrapper(source), expected, target_names, WITHOUT_SOURCE)
+
+
+def without_wrapper(source: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The state dict of a model that was saved inside `DistributedDataParallel`, as if saved by itself."""
+    if all(name.startswith(WRAPPER) for name in source):
+        return {name.removeprefix(WRAPPER): tensor for name, tensor in source.items()}
+    return source
+
+
+def rename_tensors(
+    source: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    targets_of: Callable[[str], tuple[str, ...]],
+    without_source: re.Pattern[str],
+) -> dict[str, Tensor]:
+    """
+    Rename tensors, and make sure that they fit to the last one.
+
+    Args:
+        source: Tensors by the name they have in the checkpoint. Derived ones are left out.
+        expected: The tensors to fill.
+        targets_of: Says what a source name becomes, as `target_names`.
+        without_source: Matches names in `expected` that need no source.
+
+    Returns:
+        Tensors by their names in `expected`, in the types there.
+
+    Raises:
+        ConversionError: tensors are unmapped, missing or misshapen; the message names them.
+    """
+    state: dict[str, Tensor] = {}
     unmapped, misshapen = [], []
     for source_name, tensor in source.items():
         if DERIVED.fullmatch(source_name):
             continue
-        targets = target_names(source_name)
+        targets = targets_of(source_name)
         if not targets or any(target not in expected or target in state for target in targets):
             unmapped.append(source_name)
             continue
         for target, part in zip(targets, torch.atleast_1d(tensor).tensor_split(len(targets)), strict=True):
-            state[target] = part
+            state[target] = part.to(expected[target].dtype)
             if part.shape != expected[target].shape:
                 found, needed = tuple(part.shape), tuple(expected[target].shape)
                 misshapen.append(f"{source_name} -> {target}: {found} found, {needed} needed")
+    missing = [name for name in expected if name not in state and not without_source.fullmatch(name)]
     problems = (
         ("in the checkpoint, without a place in the model", unmapped),
-        ("in the model, without a value in the checkpoint", [name for name in expected if name not in state]),
+        ("in the model, without a value in the checkpoint", missing),
         ("of another shape", misshapen),
     )
     if any(names for _, names in problems):
-        lists = [f"\n{len(names)} {what}:\n  " + "\n  ".join(names) for what, names in problems if names]
+        lists = [f"\n{len(names)} {what}:\n  " + "\n  ".join(_shortened(names)) for what, names in problems if names]
         raise ConversionError("The checkpoint does not fit the configuration." + "".join(lists))
     return state
+
+
+def _shortened(names: list[str]) -> list[str]:
+    return names if len(names) <= LISTED else [*names[:LISTED], f"and {len(names) - LISTED} more"]

@@ -4,11 +4,17 @@ Field names are those of transformers' `Mask2FormerConfig` wherever the meaning 
 (https://arxiv.org/abs/2404.14657, section 3 and appendix C) is `encoder` to `stage_residual`.
 """
 
+import os
+import reprlib
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
+
+from .model_names import resolved
 
 
 ENCODERS = ("proscale", "mask2former")
@@ -16,6 +22,7 @@ TOKEN_RECALIBRATIONS = ("none", "linear", "conv")
 TOKEN_RECALIBRATION_LAYOUTS = ("paper", "original")
 PIXEL_EMBEDDINGS = ("maxpool", "avgpool", "conv")
 NORM_GROUPS = 32  # GroupNorm groups in the pixel decoder, as in Mask2Former
+LARGEST_CATEGORY_ID = 2**31 - 1
 
 SWIN_TINY = {
     "model_type": "swin",
@@ -122,6 +129,13 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
             Standard deviation for the classification head's initial weights.
         init_xavier_std (`float`, defaults to 1.0):
             Gain of the Xavier initialisation.
+        categories (`list[dict]`, *optional*):
+            What the labels are in the data set, in label order, as in COCO's panoptic JSON: `"id"` (the data set's
+            own, 0 or more), `"name"`, and optionally `"isthing"` (0 or 1) and `"color"` (red, green, blue in 0..255).
+            Read it with `category`, which passes over entries that `id2label` no longer names the same.
+        weights_license (`str`, *optional*):
+            Licence of the weights: an identifier of the Hub's such as `"apache-2.0"`, or words. Stays with weights that
+            are trained on from these. Model cards show it.
 
     Raises:
         ValueError: a field has a value that is not possible; the message names the possible ones.
@@ -137,6 +151,7 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
     """
 
     model_type = "proscale_mask2former"
+    _auto_class = "AutoConfig"
     sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012 - transformers reads a plain class attribute
     attribute_map = {"hidden_size": "hidden_dim", "num_hidden_layers": "decoder_layers"}  # noqa: RUF012
     keys_to_ignore_at_inference = [  # noqa: RUF012
@@ -190,6 +205,8 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
     output_auxiliary_logits: bool | None = None
     init_std: float | int = 0.02
     init_xavier_std: float | int = 1.0
+    categories: list[dict[str, Any]] | None = None
+    weights_license: str | None = None
 
     def __post_init__(self, **kwargs: Any):
         if self.backbone_config is None:
@@ -199,10 +216,34 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._check_values()
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> "ProScaleMask2FormerConfig":
+        """As in transformers, and also by the short name of a published model, see `model_names.py`."""
+        with resolved(pretrained_model_name_or_path) as source:
+            return super().from_pretrained(source, **kwargs)
+
     @property
     def encoder_strides(self) -> tuple[int, ...]:
         """Strides of the maps that the encoder gets, coarse to fine."""
         return tuple(sorted((s for s in self.feature_strides if s > self.common_stride), reverse=True))
+
+    def category(self, label_id: int) -> dict[str, Any] | None:
+        """
+        The entry of `categories` for a label.
+
+        Args:
+            label_id: The label, as in `id2label`.
+
+        Returns:
+            The category, or None where there is none or its name is not the label's, as after fine-tuning on other
+            labels.
+        """
+        if self.categories is None or not 0 <= label_id < len(self.categories):
+            return None
+        category = self.categories[label_id]
+        return category if category["name"] == self.id2label.get(label_id) else None
 
     def _check_values(self) -> None:
         _check_choice("encoder", self.encoder, ENCODERS)
@@ -261,6 +302,55 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
         ):
             if divisor < 1 or getattr(self, name) % divisor or getattr(self, name) < 1:
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must be a multiple of {divisor}, {reason}.")
+        if self.categories is not None:
+            check_categories(self.categories)
+
+
+def check_categories(categories: Any) -> None:
+    """
+    Args:
+        categories: What should be a list of categories as in COCO's panoptic JSON.
+
+    Raises:
+        ValueError: it is not; the message is one line that names the entry.
+    """
+    if not isinstance(categories, list) or not categories:
+        raise ValueError(f"`categories` must be a list with at least one entry, got {reprlib.repr(categories)}.")
+    for position, category in enumerate(categories):
+        if not isinstance(category, Mapping):
+            raise ValueError(
+                f"`categories[{position}]` must be a category with `id` and `name`, got {reprlib.repr(category)}."
+            )
+        for key, is_valid, valid in (
+            ("id", _is_category_id, f"a whole number from 0 to {LARGEST_CATEGORY_ID}"),
+            ("name", _is_name, "a text that is not empty"),
+            ("isthing", _is_flag, "0 or 1"),
+            ("color", _is_color, "three whole numbers from 0 to 255"),
+        ):
+            if key in ("id", "name") or key in category:
+                value = category.get(key)
+                if not is_valid(value):
+                    raise ValueError(f"`{key}` of `categories[{position}]` must be {valid}, got {reprlib.repr(value)}.")
+    for key in ("id", "name"):
+        [(value, times)] = Counter(category[key] for category in categories).most_common(1)
+        if times > 1:
+            raise ValueError(f"`{key}` {reprlib.repr(value)} occurs {times} times in `categories`; it must be unique.")
+
+
+def _is_category_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST_CATEGORY_ID
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_flag(value: Any) -> bool:
+    return type(value) is int and value in (0, 1)
+
+
+def _is_color(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(type(v) is int and 0 <= v <= 255 for v in value)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -5,11 +5,14 @@ longest 1333, then normalise, then pad with zeros at the right and the bottom to
 largest of the batch.
 """
 
+import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import CommitInfo
 from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
@@ -22,7 +25,9 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs
 
 from .image_pixels import read_pixels
+from .model_names import resolved
 from .postprocessing import instance_segmentation, panoptic_segmentation, semantic_segmentation
+from .repository import Upload, split_hub_arguments, write_card
 from .segmentation_labels import make_labels
 
 
@@ -70,6 +75,7 @@ class SegmentationImageProcessorMixin:
     values are brought to 8 bits, and grey becomes RGB.
     """
 
+    _auto_class = "AutoImageProcessor"
     resample = PILImageResampling.BILINEAR
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD
@@ -89,6 +95,48 @@ class SegmentationImageProcessorMixin:
     def __init__(self, **kwargs: Any):
         super().__init__(**self._translate_old_names(kwargs))
         self.label_ids_to_fuse = sorted(int(label_id) for label_id in self.label_ids_to_fuse)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> "SegmentationImageProcessorMixin":
+        """As in transformers, and also by the short name of a published model, see `model_names.py`."""
+        with resolved(pretrained_model_name_or_path) as source:
+            return super().from_pretrained(source, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, as in transformers, and the code for both backends."""
+        settings = super().to_dict()
+        classes = image_processor_classes()
+        if type(self) in classes:
+            names = [f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for cls in classes]
+            settings["auto_map"] = {"AutoImageProcessor": names}
+        return settings
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """As in transformers, with the code; a model card that was made for the folder's model gets the input size."""
+        hub_arguments = {"commit_message": "Upload image processor", **split_hub_arguments(kwargs)}
+        upload = Upload(save_directory, self, **hub_arguments) if push_to_hub else None
+        files = super().save_pretrained(save_directory, **kwargs)
+        write_card(save_directory)
+        if upload is not None:
+            upload.send()
+        return files
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload image processor",
+        max_shard_size: int | str | None = None,
+        tags: list[str] | str | None = None,
+        **hub_arguments: Any,
+    ) -> CommitInfo:
+        """As in transformers, with the code, and without a model card: that is the model's (so `tags` is not read)."""
+        with tempfile.TemporaryDirectory() as folder:
+            upload = Upload(folder, self, repo_id, commit_message=commit_message, **hub_arguments)
+            self.save_pretrained(folder)
+            return upload.send()
 
     def preprocess(
         self,
@@ -360,6 +408,14 @@ class SegmentationImageProcessorMixin:
             return padded_size
         size = resized_size(target_size, self.size) if self.do_resize else target_size
         return size if size[0] <= padded_size[0] and size[1] <= padded_size[1] else padded_size
+
+
+def image_processor_classes() -> tuple[type, type]:
+    """The PIL and the torchvision backend, in the order `auto_map` has them. They import this file, so not before."""
+    from .image_processing_pil_proscale_mask2former import ProScaleMask2FormerImageProcessorPil
+    from .image_processing_proscale_mask2former import ProScaleMask2FormerImageProcessor
+
+    return ProScaleMask2FormerImageProcessorPil, ProScaleMask2FormerImageProcessor
 
 
 def resized_size(image_size: Size, size: SizeDict) -> Size:

@@ -5,11 +5,14 @@ encoder, stands in files of its own; see `encoders.py`.
 """
 
 import math
+import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -21,9 +24,11 @@ from .configuration_proscale_mask2former import ProScaleMask2FormerConfig
 from .deformable_attention_kernel import PYTORCH, use_kernel
 from .losses import UniversalSegmentationLoss
 from .mask_decoder import MaskDecoder, MaskedCrossAttention, MaskEmbedderLinear, predict_masks
+from .model_names import resolved
 from .ms_deform_attn import AttentionLogits, SamplingOffsets
 from .pixel_decoder import PixelDecoder
 from .pixel_level_module import PixelLevelModule
+from .repository import MODEL_AUTO_MAP, Upload, split_hub_arguments, write_card
 
 
 @dataclass
@@ -107,6 +112,49 @@ class ProScaleMask2FormerPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["DeformableEncoderLayer", "MaskedAttentionLayer"]  # noqa: RUF012 - as transformers has it
     deformable_attention_backend = PYTORCH  # or the kernel's repository or folder
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
+    ) -> "ProScaleMask2FormerPreTrainedModel":
+        """As in transformers, and also by the short name of a published model, see `model_names.py`."""
+        with resolved(pretrained_model_name_or_path) as source:
+            return super().from_pretrained(source, *model_args, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As in transformers; the folder also gets the code and a model card, as a Hub repository needs them."""
+        hub_arguments = split_hub_arguments(kwargs)
+        is_saving = self.should_save_on_this_rank(is_main_process)
+        upload = Upload(save_directory, self.config, **hub_arguments) if push_to_hub and is_saving else None
+        self.config.auto_map = dict(MODEL_AUTO_MAP)  # instead of what another repository's configuration had
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if is_saving:
+            write_card(save_directory, self.model_tags or ())
+        if upload is not None:
+            upload.send()
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | str | None = None,
+        **hub_arguments: Any,
+    ) -> CommitInfo:
+        """As in transformers; the commit also has the code, and a model card if the repository has none of its own."""
+        with tempfile.TemporaryDirectory() as folder:
+            upload = Upload(folder, self.config, repo_id, **hub_arguments)
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            tags = [tags] if isinstance(tags, str) else tags or []
+            write_card(folder, [*(self.model_tags or ()), *tags], upload.repo_id)
+            return upload.send()
 
     def load_state_dict(
         self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False
@@ -193,6 +241,8 @@ class ProScaleMask2FormerModel(ProScaleMask2FormerPreTrainedModel):
         config: the model's configuration.
     """
 
+    _auto_class = "AutoModel"
+
     def __init__(self, config: ProScaleMask2FormerConfig):
         super().__init__(config)
         self.pixel_level_module = PixelLevelModule(config)
@@ -271,6 +321,8 @@ class ProScaleMask2FormerForUniversalSegmentation(ProScaleMask2FormerPreTrainedM
     Args:
         config: the model's configuration.
     """
+
+    _auto_class = "AutoModelForUniversalSegmentation"
 
     def __init__(self, config: ProScaleMask2FormerConfig):
         super().__init__(config)

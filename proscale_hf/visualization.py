@@ -6,8 +6,10 @@
 
 import colorsys
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -22,6 +24,7 @@ MARGIN_COLOR = (32, 32, 32)
 
 Color = tuple[int, int, int]
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom are exclusive
+NO_COLORS: Mapping[int, Color] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -116,13 +119,58 @@ def segments_from_label_map(
 
 def segment_color(index: int) -> Color:
     """The colour of the segment at a position in the list: always the same, and far from its neighbours'."""
-    hue = (0.58 + index * (math.sqrt(5) - 1) / 2) % 1.0  # golden-ratio steps never come back close
+    hue = 0.58 + index * (math.sqrt(5) - 1) / 2  # golden-ratio steps never come back close
     lightness = (0.55, 0.42, 0.66)[index % 3]
-    red, green, blue = colorsys.hls_to_rgb(hue, lightness, 0.8)
-    return round(red * 255), round(green * 255), round(blue * 255)
+    return _color_from_hls(hue, lightness, 0.8)
 
 
-def draw_segments(image: Image.Image, segments: Sequence[Segment]) -> Image.Image:
+def instance_colors(class_color: Color, number: int) -> list[Color]:
+    """Colours for instances of one class: the class's own, then shades of it, each as far as can be from those before.
+
+    Args:
+        class_color: red, green, blue in 0..255.
+        number: how many; more than about 40 are not all different.
+    """
+    hue, lightness, saturation = colorsys.rgb_to_hls(*(value / 255 for value in class_color))
+    middle = min(max(lightness, 0.4), 0.65)  # black and white have shades on one side only
+    shades = np.array(
+        [
+            _color_from_hls(hue + hue_step, middle + lightness_step, shade_saturation)
+            for shade_saturation in (saturation, min(saturation + 0.25, 1.0), max(saturation - 0.25, 0.0))
+            for hue_step in (0.0, 0.04, -0.04)
+            for lightness_step in (-0.2, -0.1, 0.0, 0.1, 0.2)
+        ]
+    )
+    colors = [class_color]
+    distances = np.full(len(shades), np.inf)  # from each shade to the nearest colour
+    while len(colors) < number:
+        distances = np.minimum(distances, np.linalg.norm(shades - colors[-1], axis=1))
+        red, green, blue = shades[distances.argmax()].tolist()
+        colors.append((red, green, blue))
+    return colors
+
+
+def segment_colors(segments: Sequence[Segment], class_colors: Mapping[int, Color] = NO_COLORS) -> list[Color]:
+    """A colour for each segment.
+
+    Args:
+        segments: what is to be drawn.
+        class_colors: colours by class number; a segment of another class gets one by its place in the list.
+
+    Returns:
+        Colours in the order of the segments.
+    """
+    numbers = Counter(segment.label_id for segment in segments if segment.label_id in class_colors)
+    remaining = {label: iter(instance_colors(class_colors[label], number)) for label, number in numbers.items()}
+    return [
+        next(remaining[segment.label_id]) if segment.label_id in remaining else segment_color(index)
+        for index, segment in enumerate(segments)
+    ]
+
+
+def draw_segments(
+    image: Image.Image, segments: Sequence[Segment], class_colors: Mapping[int, Color] = NO_COLORS
+) -> Image.Image:
     """Draws segments over the photograph they were found in.
 
     Small photographs are enlarged and very large ones reduced, and a strip is added beside a photograph too thin
@@ -130,7 +178,8 @@ def draw_segments(image: Image.Image, segments: Sequence[Segment]) -> Image.Imag
 
     Args:
         image: the photograph, of the size the segments' boxes refer to.
-        segments: what to draw; the colours follow the order.
+        segments: what to draw.
+        class_colors: colours by class number, see `segment_colors`.
 
     Returns:
         A new RGB picture.
@@ -139,7 +188,7 @@ def draw_segments(image: Image.Image, segments: Sequence[Segment]) -> Image.Imag
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     pixels = np.array(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
     font_size = max(SMALLEST_FONT, round(math.sqrt(size[0] * size[1]) / 45))
-    colors = [segment_color(index) for index in range(len(segments))]
+    colors = segment_colors(segments, class_colors)
     segments = [_resized(segment, scale, size) for segment in segments]
     largest_first = sorted(range(len(segments)), key=lambda index: -segments[index].area)
     for index in largest_first:
@@ -149,6 +198,11 @@ def draw_segments(image: Image.Image, segments: Sequence[Segment]) -> Image.Imag
     canvas.paste(Image.fromarray(pixels))
     _write_labels(canvas, segments, colors, font_size)
     return canvas
+
+
+def _color_from_hls(hue: float, lightness: float, saturation: float) -> Color:
+    red, green, blue = colorsys.hls_to_rgb(hue % 1.0, lightness, saturation)
+    return round(red * 255), round(green * 255), round(blue * 255)
 
 
 def _drawing_scale(width: int, height: int) -> float:

@@ -86,11 +86,33 @@ class TestSegment:
         for number, segment in enumerate(content["segments"], start=1):
             assert segment["id"] == number
             assert (segment["label"], segment["label_id"], segment["isthing"]) == ("LABEL_1", 1, True)
+            assert segment["category_id"] is None
             left, top, width, height = segment["bbox"]
             assert 0 < segment["area"] <= width * height
             assert left + width <= 160 and top + height <= 120
             assert segment["segmentation"]["size"] == [120, 160]
             assert (segment["score"] is None) == (task == "semantic")
+
+    @pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
+    def test_the_data_sets_own_ids_and_colors(self, photo, model_copy, task):
+        categories = [{"id": 10 * label_id, "name": f"LABEL_{label_id}"} for label_id in range(4)]
+        categories[1] = {"id": 184, "name": "tree-merged", "isthing": 0, "color": [1, 250, 35]}
+        names = {label_id: category["name"] for label_id, category in enumerate(categories)}
+        change_config(model_copy, categories=categories, id2label=names)
+        arguments = ["--model", str(model_copy), "--task", task, "--output", "o.png", "--json", "s.json"]
+        assert main(["segment", photo, *arguments]) == 0
+        segments = json.loads(Path("s.json").read_text())["segments"]
+        assert {(s["label"], s["label_id"], s["category_id"]) for s in segments} == {("tree-merged", 1, 184)}
+        assert (np.array(Image.open("o.png")) == (1, 250, 35)).all(axis=-1).any()
+
+    def test_categories_of_other_labels_are_not_used(self, photo, model_copy):
+        change_config(
+            model_copy, categories=[{"id": 8, "name": "cat"}, {"id": 9, "name": "dog", "color": [1, 250, 35]}]
+        )
+        main(["segment", photo, "--model", str(model_copy), "--output", "o.png", "--json", "s.json"])
+        segments = json.loads(Path("s.json").read_text())["segments"]
+        assert segments and all(segment["category_id"] is None for segment in segments)
+        assert not (np.array(Image.open("o.png")) == (1, 250, 35)).all(axis=-1).any()
 
     def test_same_photo_same_files(self, photo, saved_model):
         for name in ("a", "b"):
@@ -368,7 +390,7 @@ def test_module_and_help():
         "import runpy, sys; sys.argv = ['proscale', 'segment', '--help']\n"
         "try: runpy.run_module('proscale_hf', run_name='__main__')\n"
         "except SystemExit as end: assert not end.code\n"
-        "assert not [n for n in sys.modules if n.startswith(('torchvision', 'proscale_hf.model'))]"
+        "assert not [n for n in sys.modules if n.startswith(('torchvision', 'proscale_hf.modeling'))]"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--task {panoptic,instance,semantic}" in result.stdout

@@ -43,6 +43,12 @@ def test_defaults_are_the_papers_swin_tiny_model():
         ({"no_object_weight": -0.1}, "at least 0"),
         ({"backbone_config": {"embed_dim": 8}}, "model_type"),
         ({"backbone_config": {"model_type": "no-such"}}, "no-such"),
+        ({"categories": []}, "at least one entry"),
+        ({"categories": [{"id": 1}]}, r"`name` of `categories\[0\]`"),
+        ({"categories": [{"id": -1, "name": "cat"}]}, "from 0 to 2147483647, got -1"),
+        ({"categories": [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}]}, "`id` 1 occurs 2 times"),
+        ({"categories": [{"id": 1, "name": "cat", "isthing": 3}]}, "0 or 1, got 3"),
+        ({"categories": [{"id": 1, "name": "cat", "color": [0, 0, 256]}]}, "from 0 to 255"),
     ],
 )
 def test_what_is_not_possible_is_refused(change, message):
@@ -87,6 +93,38 @@ def test_attention_implementation_reaches_the_backbone():
 
 def test_number_of_labels():
     assert tiny_config(num_labels=5).id2label == {i: f"LABEL_{i}" for i in range(5)}
+
+
+CATEGORIES = [
+    {"id": 17, "name": "cat", "isthing": 1, "color": [255, 77, 255]},
+    {"id": 200, "name": "rug", "isthing": 0},
+    {"id": 0, "name": "dog"},
+]
+NAMES = {0: "cat", 1: "rug", 2: "dog"}
+
+
+def test_categories_are_saved_and_found_by_label(tmp_path):
+    tiny_config(categories=CATEGORIES, id2label=NAMES, num_labels=3).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.categories == CATEGORIES
+    assert [config.category(label_id) for label_id in range(3)] == CATEGORIES
+    assert config.category(3) is config.category(-1) is config.category(-9) is None
+
+
+def test_no_categories():
+    config = tiny_config()
+    assert config.categories is None and config.category(0) is None
+
+
+def test_categories_of_other_labels_are_passed_over(tmp_path, caplog):
+    tiny_config(categories=CATEGORIES, id2label=NAMES, num_labels=3).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path, id2label={0: "cat", 1: "bird"})
+    assert [config.category(label_id) for label_id in range(4)] == [CATEGORIES[0], None, None, None]
+    assert caplog.records == []
+    config = AutoConfig.from_pretrained(tmp_path, num_labels=2)
+    assert [config.category(label_id) for label_id in range(3)] == [None] * 3
+    config.id2label = NAMES
+    assert config.category(1) == CATEGORIES[1]
 
 
 def test_a_default_configuration_logs_nothing(capfd):

@@ -1,15 +1,18 @@
 """What a detectron2 configuration means for the model and the image processor."""
 
 import pytest
+from detectron2_zoo import DEVIATION, IMAGE_MODELS, MEAN, VIDEO_MODELS, Published, Swin, write_configuration
 
 from convert import ConversionError
 from convert.detectron2_config import (
+    dataset_of,
     image_processor_settings,
-    known_stuff_ids,
     model_settings,
     read_config,
     reads_bgr,
 )
+from proscale_hf import ProScaleMask2FormerConfig
+from proscale_hf.data.categories import load_categories
 
 
 HEAD = """
@@ -104,34 +107,160 @@ MODEL:
     assert (blue_first["image_mean"], blue_first["image_std"]) == ([0.6, 0.4, 0.2], [1.0, 0.2, 0.1])
 
 
+def by_path(entries: list[Published]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("entry", entries, ids=[entry.path.removesuffix(".yaml") for entry in entries])
+
+
+@by_path(IMAGE_MODELS)
+def test_every_published_model(tmp_path, entry):
+    config = read_config(write_configuration(entry, tmp_path))
+    architecture, folder = entry.architecture, entry.folder
+    model = ProScaleMask2FormerConfig(**model_settings(config))
+
+    swin = isinstance(architecture.backbone, Swin)
+    trained_norm = (folder.backbone if swin else architecture.backbone).trained_norm
+    expected = {
+        "encoder": "mask2former",
+        "encoder_layers": 6,
+        "encoder_num_points": 4,
+        "encoder_feedforward_dim": 1024,
+        "token_recalibration": "none",
+        "pixel_embedding": "conv",
+        "stage_residual": False,
+        "mask_padding": False,
+        "freeze_backbone_batch_norm": swin or not trained_norm,
+        "feature_size": 256,
+        "mask_feature_size": 256,
+        "hidden_dim": 256,
+        "num_attention_heads": 8,
+        "dim_feedforward": 2048,
+        "decoder_layers": 10,
+        "dropout": 0.0,
+        "pre_norm": False,
+        "enforce_input_projection": False,
+        "num_labels": architecture.classes,
+        "num_queries": architecture.queries,
+        "ignore_value": folder.ignore,
+        "use_auxiliary_loss": True,
+        "no_object_weight": 0.1,
+        "class_weight": 2.0,
+        "mask_weight": 5.0,
+        "dice_weight": 5.0,
+        "train_num_points": 12544,
+        "oversample_ratio": 3.0,
+        "importance_sample_ratio": 0.75,
+    }
+    if entry.variant.proscale:
+        del expected["encoder_layers"]
+        expected |= {
+            "encoder": "proscale",
+            "encoder_stage_layers": [3, 3, 3],
+            "token_recalibration": "linear",
+            "token_recalibration_temperature": 0.1,
+            "token_recalibration_layout": "original",
+            "pixel_embedding": "maxpool",
+        }
+    assert {name: getattr(model, name) for name in expected} == expected
+    assert_backbone(model.backbone_config, architecture.backbone)
+
+    assert dataset_of(config) == folder.category_set
+    assert not reads_bgr(config)
+    processor = image_processor_settings(config)
+    assert processor == {
+        "image_mean": pytest.approx([value / 255 for value in MEAN]),
+        "image_std": pytest.approx([value / 255 for value in DEVIATION]),
+        "do_resize": True,
+        "size": {"shortest_edge": entry.sizes[0], "longest_edge": entry.sizes[1]},
+        "size_divisor": 32,
+        "ignore_index": folder.ignore,
+    }
+
+
+def assert_backbone(config, backbone):
+    if isinstance(backbone, Swin):
+        expected = {
+            "model_type": "swin",
+            "embed_dim": backbone.embed_dim,
+            "depths": list(backbone.depths),
+            "num_heads": list(backbone.heads),
+            "window_size": backbone.window,
+            "image_size": backbone.image_size,
+            "patch_size": 4,
+            "mlp_ratio": 4.0,
+            "qkv_bias": True,
+            "drop_path_rate": 0.3,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "use_absolute_embeddings": False,
+        }
+    else:
+        expected = {
+            "model_type": "resnet",
+            "depths": list(backbone.blocks),
+            "layer_type": "bottleneck",
+            "embedding_size": 64,
+            "hidden_sizes": [256, 512, 1024, 2048],
+            "downsample_in_bottleneck": False,
+        }
+    expected["out_features"] = ["stage1", "stage2", "stage3", "stage4"]
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("folder", {entry.path.rpartition("/")[0]: entry.folder for entry in IMAGE_MODELS}.values())
+def test_category_sets_have_the_published_number_of_classes(folder):
+    assert len(load_categories(folder.category_set)) == folder.classes
+
+
+@by_path(VIDEO_MODELS)
+def test_models_for_video(tmp_path, entry):
+    config = read_config(write_configuration(entry, tmp_path))
+    assert dataset_of(config) is None
+    with pytest.raises(ConversionError, match=r"META_ARCHITECTURE is 'VideoMaskFormer'.*possible: 'MaskFormer'"):
+        model_settings(config)
+
+
+def test_base_files_are_no_models(tmp_path):
+    entry = IMAGE_MODELS[0]
+    path = write_configuration(entry, tmp_path).with_name(entry.folder.base)
+    with pytest.raises(ConversionError, match="META_ARCHITECTURE is 'GeneralizedRCNN'"):
+        model_settings(read_config(path))
+
+
 @pytest.mark.parametrize(
-    ("dataset", "classes", "count", "some"),
+    ("dataset", "category_set"),
     [
-        ("coco_2017_train_panoptic", 133, 53, {80, 132}),
-        ("ade20k_panoptic_train", 150, 50, {0, 1, 2, 145}),
-        ("cityscapes_fine_panoptic_train", 19, 11, {0, 10}),
-        ("coco_2017_train", 80, 0, set()),
+        ("coco_2017_train_panoptic_with_sem_seg", "coco_panoptic"),
+        ("coco_2017_val_100_panoptic", "coco_panoptic"),
+        ("coco_2014_valminusminival", "coco_instance"),
+        ("ade20k_sem_seg_val", "ade20k_semantic"),
+        ("coco_2017_train_panoptic_separated", None),  # things are one class there
+        ("coco_2017_train_stuff_10k_sem_seg", None),
+        ("keypoints_coco_2017_train", None),
+        ("ade20k_full_sem_seg_train", None),
+        ("my_cityscapes_fine_sem_seg_train", None),
+        ("", None),
     ],
 )
-def test_known_stuff(tmp_path, dataset, classes, count, some):
-    text = f"""
-DATASETS: {{TRAIN: "('{dataset}',)"}}
-MODEL: {{SEM_SEG_HEAD: {{NUM_CLASSES: {classes}}}}}
-"""
-    ids = known_stuff_ids(config(tmp_path, text))
-    assert len(set(ids)) == len(ids) == count
-    assert some <= set(ids) <= set(range(classes))
+def test_data_sets(tmp_path, dataset, category_set):
+    text = f"DATASETS: {{TRAIN: \"('{dataset}', 'coco_2017_train')\"}}"
+    assert dataset_of(config(tmp_path, text)) == category_set
 
 
-def test_unknown_stuff(tmp_path):
-    assert known_stuff_ids(config(tmp_path, "DATASETS: {TRAIN: [coco_2017_train_panoptic]}")) is None
-    assert known_stuff_ids(config(tmp_path, "DATASETS: {TRAIN: []}")) is None
+def test_no_data_set(tmp_path):
+    assert dataset_of(config(tmp_path)) is None
+    assert dataset_of(config(tmp_path, "DATASETS: {TRAIN: []}")) is None
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("MODEL: {META_ARCHITECTURE: RetinaNet}", "META_ARCHITECTURE is 'RetinaNet'.*'MaskFormer'"),
+        ("MODEL: {SEM_SEG_HEAD: {NAME: PerPixelBaselinePlusHead}}", "NAME is 'PerPixelBaselinePlusHead'"),
+        ("MODEL: {SEM_SEG_HEAD: {PIXEL_DECODER_NAME: BasePixelDecoder}}", "NAME is 'BasePixelDecoder'"),
+        ("MODEL: {SEM_SEG_HEAD: {PIXEL_DECODER_NAME: TransformerEncoderPixelDecoder}}", "NAME is 'TransformerEncoder"),
+        ("MODEL: {MASK_FORMER: {TRANSFORMER_DECODER_NAME: StandardTransformerDecoder}}", "NAME is 'Standard"),
+        ("MODEL: {MASK_FORMER: {TRANSFORMER_IN_FEATURE: res5}}", "FEATURE is 'res5'.*'multi_scale_pixel_decoder'"),
+        ("MODEL: {BACKBONE: {NAME: build_resnet_deeplab_backbone}}", "NAME is 'build_resnet_deeplab_backbone'"),
         ("MODEL: {BACKBONE: {NAME: D2ViT}}", "NAME is 'D2ViT'.*'D2SwinTransformer', 'build_resnet_backbone'"),
         ("MODEL: {SEM_SEG_HEAD: {PIXEL_DECODER_NAME: X}}", "'X'.*'PROSCALE', 'MSDeformAttnPixelDecoder'"),
         ("MODEL: {PROSCALE: {MASK_OUTPUT_OPS: none}}", "OPS is 'none'.*'maxpool', 'avgpool', 'conv'"),

@@ -1,6 +1,8 @@
 """A detectron2 checkpoint becomes a folder for `from_pretrained`; tensors without a place are all named."""
 
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from convert import ConversionError
-from convert.detectron2 import convert_checkpoint, main, parse_label_ids
+from convert.detectron2 import convert_checkpoint, main
 from convert.rename import target_names
 from proscale_hf import ProScaleMask2FormerForUniversalSegmentation
 
@@ -295,10 +297,11 @@ def test_command_line(tmp_path, config, capsys):
     config_path, checkpoint_path = write(tmp_path, config, SourceModel(config))
     output = tmp_path / "new" / "folder"
     options = ["--config", str(config_path), "--checkpoint", str(checkpoint_path), "--output", str(output)]
-    assert main([*options, "--stuff-ids", "1,3-4"]) == 0
-    assert "merged in panoptic results: [1, 3, 4]" in capsys.readouterr().out
+    labels = write_labels(tmp_path, isthing=(1, 0, 1, 0, 0))
+    assert main([*options, "--labels", str(labels)]) == 0
+    assert "3 stuff labels, merged in panoptic results: b, d, e." in capsys.readouterr().out
     written = {file.name for file in output.iterdir()}
-    assert written == {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert written >= {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
     assert [path.name for path in output.parent.iterdir()] == ["folder"]
 
     converted, image_processor = convert_checkpoint(config_path, checkpoint_path)
@@ -306,6 +309,8 @@ def test_command_line(tmp_path, config, capsys):
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert_equal_states(loaded.state_dict(), converted.state_dict())
     assert loaded.config.mask_padding is False
+    assert loaded.config.id2label == dict(enumerate("abcde"))
+    assert loaded.config.category(3) == {"id": 40, "name": "d", "isthing": 0}
     loaded_processor = type(image_processor).from_pretrained(output)
     assert loaded_processor.label_ids_to_fuse == [1, 3, 4]
     assert list(loaded_processor.image_mean) == list(image_processor.image_mean)
@@ -396,7 +401,7 @@ def test_output_may_be_an_empty_folder(tmp_path):
 
 
 def test_nothing_stays_of_a_failed_write(tmp_path, monkeypatch, capsys):
-    def fail(self, folder):
+    def fail(self, folder, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(ProScaleMask2FormerForUniversalSegmentation, "save_pretrained", fail)
@@ -408,31 +413,72 @@ def test_nothing_stays_of_a_failed_write(tmp_path, monkeypatch, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    ("entries", "stuff_ids", "message"),
-    [
-        ({}, [5], r"Stuff ids \[5\] are no labels; labels are 0 to 4"),
-        ({"SEM_SEG_HEAD": {"CONVS_DIM": 20}}, None, "describes no possible model: .*feature_size"),
-    ],
-)
-def test_impossible_models(tmp_path, entries, stuff_ids, message):
-    config = source_config("swin", **entries)
-    with pytest.raises(ConversionError, match=message):
-        convert_checkpoint(*write(tmp_path, config, SourceModel(CONFIGS["swin"])), stuff_ids)
+def test_impossible_models(tmp_path):
+    config = source_config("swin", SEM_SEG_HEAD={"CONVS_DIM": 20})
+    with pytest.raises(ConversionError, match=r"describes no possible model: .*feature_size"):
+        convert_checkpoint(*write(tmp_path, config, SourceModel(CONFIGS["swin"])))
 
 
-def test_label_ids():
-    assert parse_label_ids("7-10") == [7, 8, 9, 10]
-    assert parse_label_ids("0,2,7-8") == [0, 2, 7, 8]
-    assert parse_label_ids("") == []
+def write_labels(folder: Path, isthing: Sequence[int]) -> Path:
+    categories = [
+        {"id": 10 * (label + 1), "name": name, "isthing": thing}
+        for label, (name, thing) in enumerate(zip("abcdefgh", isthing, strict=False))
+    ]
+    path = folder / "labels.json"
+    path.write_text(json.dumps(categories))
+    return path
 
 
-@pytest.mark.parametrize("text", ["a", "7-", "-3", "1;2", "1-2-3", "9999999"])
-def test_impossible_label_ids(text, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(["--config", "x", "--checkpoint", "x", "--output", "x", f"--stuff-ids={text}"])
-    assert exit_.value.code == 2
-    assert "label ids look like 7-10 or 7,8,9" in capsys.readouterr().err
+def test_another_number_of_labels_is_refused(tmp_path, capsys):
+    config_path, checkpoint_path = write(tmp_path, CONFIGS["swin"], SourceModel(CONFIGS["swin"]))
+    options = ["--config", str(config_path), "--checkpoint", str(checkpoint_path), "--output", str(tmp_path / "output")]
+    assert main([*options, "--labels", str(write_labels(tmp_path, isthing=(1, 1)))]) == 1
+    assert capsys.readouterr().err == "error: 2 labels are given, but the checkpoint has 5.\n"
+    assert not (tmp_path / "output").exists()
+
+
+def test_labels_of_a_known_data_set(tmp_path):
+    """The classes, the stuff and the data set's own ids come without being given."""
+    config = source_config("swin", SEM_SEG_HEAD={"NUM_CLASSES": 19})
+    config["DATASETS"] = {"TRAIN": ["cityscapes_fine_panoptic_train"]}
+    source = SourceModel(config)
+    source.linear("sem_seg_head.predictor.class_embed", 20, HIDDEN)
+    model, image_processor = convert_checkpoint(*write(tmp_path, config, source))
+    assert (model.config.id2label[0], model.config.id2label[18]) == ("road", "bicycle")
+    assert model.config.category(18)["id"] == 33
+    assert image_processor.label_ids_to_fuse == list(range(11))
+
+
+def test_weights_of_the_original_carry_their_licence(tmp_path):
+    for name, licence in (("swin", True), ("small resnet, mask2former", False)):
+        model, _ = convert_checkpoint(*write(tmp_path, CONFIGS[name], SourceModel(CONFIGS[name])))
+        assert (model.config.weights_license is not None) == licence
+
+
+def test_publishing_is_refused_before_anything_is_written(tmp_path, capsys):
+    config_path, checkpoint_path = write(tmp_path, CONFIGS["swin"], SourceModel(CONFIGS["swin"]))
+    options = ["--config", str(config_path), "--checkpoint", str(checkpoint_path), "--output", str(tmp_path / "output")]
+    assert main([*options, "--push-to-hub", "me/model"]) == 1
+    assert "i-have-the-right-to-publish" in capsys.readouterr().err
+    assert main([*options, "--push-to-hub", "not a name"]) == 1
+    assert "cannot be a repository" in capsys.readouterr().err
+    assert main([*options, "--dry-run"]) == 1
+    assert capsys.readouterr().err == "error: --dry-run says how to upload; it needs --push-to-hub REPO.\n"
+    assert not (tmp_path / "output").exists()
+
+
+def test_dry_run_shows_files_and_card(tmp_path, capsys):
+    config_path, checkpoint_path = write(tmp_path, CONFIGS["swin"], SourceModel(CONFIGS["swin"]))
+    options = ["--config", str(config_path), "--checkpoint", str(checkpoint_path), "--output", str(tmp_path / "output")]
+    assert main([*options, "--push-to-hub", "me/model", "--dry-run", "--private"]) == 0
+    shown = capsys.readouterr().out
+    for part in (
+        "model.safetensors",
+        "preprocessor_config.json",
+        "modeling_proscale_mask2former.py",
+        "private repository",
+    ):
+        assert part in shown
 
 
 PARITY = os.environ.get("PROSCALE_PARITY_DIR")

@@ -1,5 +1,7 @@
 """Segments from results, and the picture drawn of them."""
 
+import colorsys
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,9 @@ from proscale_hf.visualization import (
     Segment,
     _place_labels,
     draw_segments,
+    instance_colors,
     segment_color,
+    segment_colors,
     segments_from_label_map,
     segments_from_result,
 )
@@ -22,8 +26,12 @@ def info(number: int, label_id: int, score: float = 0.9) -> dict:
     return {"id": number, "label_id": label_id, "was_fused": False, "score": score}
 
 
-def block(left: int, top: int, right: int, bottom: int, label: str = "digit", score: float | None = 0.9) -> Segment:
-    return Segment(label, 0, (left, top, right, bottom), np.ones((bottom - top, right - left), dtype=bool), score=score)
+def block(
+    left: int, top: int, right: int, bottom: int, label: str = "digit", score: float | None = 0.9, label_id: int = 0
+) -> Segment:
+    return Segment(
+        label, label_id, (left, top, right, bottom), np.ones((bottom - top, right - left), dtype=bool), score=score
+    )
 
 
 def test_panoptic_result():
@@ -92,6 +100,42 @@ def test_only_segments_change_color_and_each_gets_its_own():
     for index, column in enumerate((110, 510)):
         assert np.abs(picture[110, column] - (0.5 * 120 + 0.5 * np.array(segment_color(index)))).max() <= 1
     assert tuple(picture[300, 100]) == segment_color(0)  # the outline
+
+
+@pytest.mark.parametrize(
+    "color", [(220, 20, 60), (0, 0, 70), (255, 77, 255), (128, 128, 128), (220, 220, 220), (0, 0, 0), (255, 255, 255)]
+)
+def test_instances_of_a_class_have_its_color_or_shades_of_it(color):
+    colors = instance_colors(color, 8)
+    assert colors[0] == color and colors[:3] == instance_colors(color, 3)
+    distances = np.linalg.norm(np.array(colors)[:, None] - np.array(colors)[None], axis=-1)
+    assert distances[np.triu_indices(8, 1)].min() > 25
+    if max(color) - min(color) > 60:
+        hue = colorsys.rgb_to_hls(*np.divide(color, 255))[0]
+        for shade in colors:
+            difference = abs(colorsys.rgb_to_hls(*np.divide(shade, 255))[0] - hue)
+            assert min(difference, 1 - difference) < 0.05
+
+
+def test_colors_of_classes_and_of_the_others():
+    segments = [block(0, 0, 1, 1, label_id=label_id) for label_id in (7, 3, 7, 5, 3)]
+    colors = segment_colors(segments, {3: (1, 2, 3), 7: (220, 20, 60)})
+    assert colors == [
+        (220, 20, 60),
+        (1, 2, 3),
+        instance_colors((220, 20, 60), 2)[1],
+        segment_color(3),
+        instance_colors((1, 2, 3), 2)[1],
+    ]
+    assert segment_colors(segments) == [segment_color(index) for index in range(5)]
+    assert len(segment_colors([segments[0]] * 300, {7: (9, 9, 9)})) == 300
+
+
+def test_class_colors_are_drawn():
+    image = Image.new("RGB", (900, 700), (120, 120, 120))
+    picture = np.array(draw_segments(image, [block(100, 100, 400, 600, label_id=4)], {4: (0, 0, 142)}))
+    assert picture[300, 100].tolist() == [0, 0, 142]  # the outline
+    assert picture[110, 110].tolist() == [60, 60, 131]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (8000, 10), (10, 8000), (128, 128), (900, 600)])

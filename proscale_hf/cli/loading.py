@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from .console import CommandError
+from .console import CommandError, user_errors
 
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
@@ -16,7 +16,8 @@ def load_model(name: str | None) -> tuple[Any, Any]:
     Only safetensors are read and no code that comes with a model is run.
 
     Args:
-        name: a folder or a Hub id; the demo model that ships with the package if None.
+        name: a folder, a Hub id or the short name of a published model; the demo model that ships with the package if
+            None.
 
     Returns:
         The model and the processor: the torchvision backend where torchvision is installed, else Pillow's.
@@ -29,6 +30,7 @@ def load_model(name: str | None) -> tuple[Any, Any]:
     from transformers.utils import is_torchvision_available, logging
 
     import proscale_hf
+    from proscale_hf.model_names import resolve
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -38,6 +40,8 @@ def load_model(name: str | None) -> tuple[Any, Any]:
     is_folder = name is None or _is_folder(source)
     if is_folder:
         _check_folder(Path(source))
+    with user_errors(exit_code=2):
+        resolve(source)  # says so if this is no short name, but looks like one
     backend = "" if is_torchvision_available() else "Pil"
     processor_class = getattr(proscale_hf, f"ProScaleMask2FormerImageProcessor{backend}")
     model_class = proscale_hf.ProScaleMask2FormerForUniversalSegmentation
@@ -103,12 +107,14 @@ def _check_folder(folder: Path) -> None:
 def _explain(source: str, is_folder: bool, error: Exception) -> str:
     from safetensors import SafetensorError
 
+    from ..hub import explain
+    from ..model_names import NotOnTheHubError
+
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300].rstrip(".")
     if isinstance(error, SafetensorError):
         return f"the weights file in {source} is damaged or incomplete ({reason}); copy or download it again"
+    if isinstance(error, NotOnTheHubError):
+        return str(error)
     if not is_folder and isinstance(error, OSError):
-        return (
-            f"there is no folder {source} here, and the Hub did not give a model of that name ({reason}); "
-            "check the name and the network"
-        )
+        return f"there is no folder {source} here, and the Hub did not give a model of that name: {explain(error)}"
     return f"cannot load the model {source}: {reason}"

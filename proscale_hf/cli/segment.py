@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,17 @@ def add_segment_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--model",
         metavar="DIR-OR-HUB-ID",
-        help="a folder or a Hub id (default: the small demo model that comes with the package; it knows handwritten "
-        "digits on brick, grass and gravel)",
+        help="a folder, a Hub id or a short name such as proscale-swin-t-coco (default: the small demo model that "
+        "comes with the package; it knows handwritten digits on brick, grass and gravel)",
     )
     parser.add_argument("--task", choices=TASKS, default="panoptic", help="default: %(default)s")
     parser.add_argument(
         "--output", metavar="FILE", help="the picture to write (default: PHOTO_segmented.png in this folder)"
     )
     parser.add_argument(
-        "--json", metavar="FILE", help="also write class, score, area, box and mask (COCO's encoding) of each segment"
+        "--json",
+        metavar="FILE",
+        help="also write class, the data set's id of it, score, area, box and mask (COCO's encoding) of each segment",
     )
     parser.set_defaults(run=run_segment)
 
@@ -64,13 +67,15 @@ def run_segment(options: argparse.Namespace) -> None:
         model, processor = load_model(options.model)
     with progress("segmenting"), user_errors():
         segments = segment_image(image, model, processor, options.task)
+    categories = {segment.label_id: model.config.category(segment.label_id) or {} for segment in segments}
+    colors = {label_id: tuple(category["color"]) for label_id, category in categories.items() if "color" in category}
     with progress("drawing"), user_errors():
-        save_image(draw_segments(image, segments), output)
+        save_image(draw_segments(image, segments, colors), output)
     if options.json is not None:
         with progress("writing the segments"), user_errors():
             size = {"height": image.height, "width": image.width}
             header = {"task": options.task, "model": options.model or "demo", **size}
-            content = to_json(header, describe_segments(segments, **size))
+            content = to_json(header, describe_segments(segments, categories, **size))
             write_whole(options.json, lambda file: file.write(content.encode()))
     print_table(segments, image.width * image.height)
     print(f"wrote {output}" + (f" and {options.json}" if options.json else ""))
@@ -110,17 +115,21 @@ def segment_image(image: Any, model: Any, processor: Any, task: str) -> list[Any
     return segments_from_result(result, names, stuff)
 
 
-def describe_segments(segments: list[Any], height: int, width: int) -> list[dict[str, Any]]:
+def describe_segments(
+    segments: list[Any], categories: Mapping[int, Mapping[str, Any]], height: int, width: int
+) -> list[dict[str, Any]]:
     """What the JSON file says of each segment.
 
     Args:
         segments: what was found.
+        categories: what the model's configuration knows of each label found, nothing or a data set's category.
         height: of the image, in pixels.
         width: of the image, in pixels.
 
     Returns:
-        Plain values. "bbox" is COCO's [left, top, width, height] in pixels, "segmentation" COCO's run-length encoding:
-        compressed where pycocotools is installed, else a list of counts.
+        Plain values. "category_id" is the data set's own id of the class, None where it is not known. "bbox" is COCO's
+        [left, top, width, height] in pixels, "segmentation" COCO's run-length encoding: compressed where pycocotools is
+        installed, else a list of counts.
     """
     descriptions = []
     for number, segment in enumerate(segments, start=1):
@@ -130,6 +139,7 @@ def describe_segments(segments: list[Any], height: int, width: int) -> list[dict
                 "id": number,
                 "label_id": segment.label_id,
                 "label": segment.label,
+                "category_id": categories[segment.label_id].get("id"),
                 "isthing": segment.is_thing,
                 "score": segment.score,
                 "area": segment.area,

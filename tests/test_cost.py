@@ -1,0 +1,135 @@
+"""Costs against the original's, which were counted with fvcore on the original code (random weights)."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import proscale_hf.ms_deform_attn as ms_deform_attn
+from helpers import TINY_RESNET, tiny_config, tiny_model
+from proscale_hf import ProScaleMask2FormerConfig
+from proscale_hf.cost import _measure, measure_cost
+
+
+RESNET50 = {
+    "model_type": "resnet",
+    "depths": [3, 4, 6, 3],
+    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}
+RESNET101 = {**RESNET50, "depths": [3, 4, 23, 3]}
+MASK2FORMER = {"encoder": "mask2former", "pixel_embedding": "conv", "token_recalibration": "none"}
+COCO, CITYSCAPES = (800, 1067, 133), (1024, 2048, 19)
+TOLERANCE = 0.005
+
+# backbone (None is Swin-T), stages (None is Mask2Former), input, GFLOPs: total, pixel decoder, backbone, mask decoder
+STAGE_COSTS = [
+    (None, None, COCO, 235.28, 118.00, 81.30, 23.88),
+    (None, (3, 3, 3), COCO, 174.24, 56.95, 81.30, 23.88),
+    (None, (1, 1, 1), COCO, 140.43, 23.14, 81.30, 23.88),
+    (None, None, CITYSCAPES, 541.02, 284.30, 195.55, 55.37),
+    (None, (3, 3, 3), CITYSCAPES, 393.93, 137.21, 195.55, 55.37),
+    (None, (1, 1, 1), CITYSCAPES, 312.48, 55.76, 195.55, 55.37),
+    (RESNET50, None, CITYSCAPES, 527.28, 294.37, 171.75, 55.37),
+    (RESNET50, (3, 3, 3), CITYSCAPES, 380.19, 147.28, 171.75, 55.37),
+    (RESNET101, (3, 3, 3), CITYSCAPES, 535.78, 147.28, 327.34, 55.37),
+]
+# at 800 x 1333 with 133 classes: total GFLOPs, parameters in millions
+TOTALS = [
+    (None, None, 289.56, 47.44),
+    (None, (1, 1, 1), 172.39, 44.58),
+    (None, (3, 1, 1), 173.83, 45.94),
+    (None, (1, 3, 1), 179.90, 45.99),
+    (None, (1, 1, 3), 205.20, 46.04),
+    (None, (2, 2, 2), 193.27, 46.70),
+    (None, (3, 3, 3), 214.15, 48.82),
+    (RESNET50, None, 283.23, 43.98),
+    (RESNET50, (1, 1, 1), 166.06, 41.12),
+    (RESNET50, (1, 1, 3), 198.87, 42.59),
+    (RESNET50, (2, 2, 2), 186.94, 43.25),
+    (RESNET50, (3, 3, 3), 207.82, 45.37),
+]
+
+
+def make_config(backbone: dict | None, stages: tuple | None, num_labels: int) -> ProScaleMask2FormerConfig:
+    settings: dict[str, Any] = MASK2FORMER if stages is None else {"encoder_stage_layers": stages}
+    return ProScaleMask2FormerConfig(
+        backbone_config=None if backbone is None else dict(backbone), num_labels=num_labels, **settings
+    )
+
+
+@pytest.mark.parametrize(("backbone", "stages", "image", "total", "encoder", "backbone_cost", "mask"), STAGE_COSTS)
+def test_stages_cost_what_they_do_in_the_original(backbone, stages, image, total, encoder, backbone_cost, mask):
+    height, width, num_labels = image
+    cost = measure_cost(make_config(backbone, stages, num_labels), height, width)
+    assert cost.total_gflops == pytest.approx(total, rel=TOLERANCE)
+    assert cost.encoder_gflops == pytest.approx(encoder, rel=TOLERANCE)
+    assert cost.backbone_gflops == pytest.approx(backbone_cost, rel=TOLERANCE)
+    assert cost.mask_decoder_gflops == pytest.approx(mask, rel=TOLERANCE)
+    stages = cost.backbone_gflops + cost.encoder_gflops + cost.mask_decoder_gflops + cost.post_processing_gflops
+    assert cost.total_gflops == pytest.approx(stages)
+
+
+@pytest.mark.parametrize(("backbone", "stages", "total", "parameters"), TOTALS)
+def test_totals_and_parameters_of_the_original(backbone, stages, total, parameters):
+    cost = measure_cost(make_config(backbone, stages, 133), 800, 1333)
+    assert cost.total_gflops == pytest.approx(total, rel=TOLERANCE)
+    assert cost.parameters_millions == pytest.approx(parameters, rel=TOLERANCE)
+
+
+def test_the_kernel_in_use_makes_no_difference(monkeypatch):
+    expected = measure_cost(tiny_config(), 64, 96)
+
+    def compiled(*_: Any) -> torch.Tensor:
+        raise AssertionError("a compiled kernel cannot run without data")
+
+    monkeypatch.setattr(ms_deform_attn.MultiScaleDeformableAttention, "forward", compiled)
+    _measure.cache_clear()
+    assert measure_cost(tiny_config(), 64, 96) == expected
+
+
+def test_a_forward_pass_costs_less_than_the_original_counts():
+    """Masks that only steer attention are smaller here; products of queries and keys, which fvcore misses, count."""
+    cost = measure_cost(make_config(None, (3, 3, 3), 133), 800, 1067)
+    tokens = 25 * 34 + 50 * 68 + 100 * 136
+    steering = 3 * 100 * 256 * tokens + 4 * 256 * tokens
+    in_the_original = 9 * 100 * 256 * 200 * 272 + 9 * 100 * 256 * 134 + 4 * 100 * (3 * tokens + 25 * 34)
+    query_key_products = 3 * 100 * 256 * tokens
+    expected = cost.total_gflops - cost.post_processing_gflops
+    expected += (steering + query_key_products - in_the_original) / 1e9
+    assert cost.forward_gflops == pytest.approx(expected, rel=1e-4)
+
+
+def test_every_weight_of_a_model_counts_once():
+    model = tiny_model(backbone_config=dict(TINY_RESNET))
+    assert measure_cost(model, 64, 64).parameters_millions == sum(p.numel() for p in model.parameters()) / 1e6
+
+
+def test_images_are_padded():
+    assert measure_cost(tiny_config(), 33, 65).encoder_gflops == measure_cost(tiny_config(), 64, 96).encoder_gflops
+    small, large = measure_cost(tiny_config(), 33, 65), measure_cost(tiny_config(), 64, 96)
+    assert small.post_processing_gflops < large.post_processing_gflops
+
+
+def test_measuring_leaves_everything_as_it_was():
+    """In training a model is saved, and so measured, again and again."""
+    model = tiny_model().train().to(torch.bfloat16)
+    config, state = model.config.to_dict(), torch.get_rng_state()
+    measure_cost(model, 64, 96)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.config.to_dict() == config and model.training and next(model.parameters()).requires_grad
+    hits = _measure.cache_info().hits
+    measure_cost(model, 64, 96)
+    assert _measure.cache_info().hits == hits + 1
+
+
+@pytest.mark.parametrize("size", [(0, 64), (64, -1)])
+def test_impossible_sizes_are_refused(size):
+    with pytest.raises(ValueError, match="at least 1"):
+        measure_cost(tiny_config(), *size)
+
+
+def test_timm_backbones_can_be_measured():
+    pytest.importorskip("timm")
+    backbone = {"model_type": "timm_backbone", "backbone": "resnet18", "out_indices": [1, 2, 3, 4]}
+    config = tiny_config(backbone_config={**backbone, "features_only": True})
+    assert measure_cost(config, 224, 224).backbone_gflops == pytest.approx(1.82, rel=0.01)  # as timm's tables say
