@@ -81,6 +81,12 @@ def add_op_namespace_prefix(op_name: str) -> str:
     return f"{name}::{{op_name}}"
 '''
 
+# libstdc++ asks the glibc of this machine whether there are threads, in a variable that glibc 2.28 does not have.
+PORTABILITY_SOURCE = """\
+extern "C" __attribute__((visibility("hidden"))) char __libc_single_threaded;
+char __libc_single_threaded = 0;
+"""
+
 # Older versions of `kernels` look for a package of the kernel's name inside the variant.
 COMPATIBILITY_MODULE = '''\
 """The package one folder up, for versions of `kernels` that look for it here."""
@@ -250,7 +256,9 @@ def compile_library(
         run(command)
         return target
 
-    units = [source for source in sources if source.suffix in {".cpp", ".cu"}]
+    portability = work / "portability.cpp"
+    portability.write_text(PORTABILITY_SOURCE)
+    units = [portability, *(source for source in sources if source.suffix in {".cpp", ".cu"})]
     with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, units))
     libraries = ["-lc10", "-ltorch", "-ltorch_cpu"]

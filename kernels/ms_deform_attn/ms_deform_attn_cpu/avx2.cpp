@@ -27,7 +27,7 @@ constexpr int kLanes = 8;
 
 }  // namespace avx2
 
-const Kernels kAvx2 = {"avx2", avx2::forward, avx2::backward, avx2::store_grad_value};
+const Kernels kAvx2 = {"avx2", avx2::forward, avx2::load_value, avx2::backward, avx2::store_grad_value};
 
 }  // namespace ms_deform_attn::cpu
 

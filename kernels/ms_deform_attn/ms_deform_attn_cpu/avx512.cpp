@@ -29,7 +29,7 @@ constexpr int kLanes = 16;
 
 }  // namespace avx512
 
-const Kernels kAvx512 = {"avx512", avx512::forward, avx512::backward, avx512::store_grad_value};
+const Kernels kAvx512 = {"avx512", avx512::forward, avx512::load_value, avx512::backward, avx512::store_grad_value};
 
 }  // namespace ms_deform_attn::cpu
 

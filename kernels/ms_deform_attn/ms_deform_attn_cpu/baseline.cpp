@@ -16,6 +16,6 @@ constexpr int kLanes = 4;
 
 }  // namespace baseline
 
-const Kernels kBaseline = {"baseline", baseline::forward, baseline::backward, baseline::store_grad_value};
+const Kernels kBaseline = {"baseline", baseline::forward, baseline::load_value, baseline::backward, baseline::store_grad_value};
 
 }  // namespace ms_deform_attn::cpu

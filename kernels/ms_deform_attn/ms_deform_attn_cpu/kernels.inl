@@ -3,14 +3,17 @@
 //
 // Included once per instruction set, inside its namespace, after vectors.inl.
 
+constexpr int64_t kUnitsAhead = 4, kQueriesAhead = 8;  // how early positions and scores are asked for
+constexpr int kNarrow = kLanes < 8 ? kLanes : 8;  // lanes that the channels of any head are a multiple of
 constexpr int kCorners = 4;  // upper left, upper right, lower left, lower right
 
 // What `locate` finds out about a unit's samples; arrays of problem.padded_samples.
 struct Samples {
   float* weight[kCorners];
   int32_t* token[kCorners];  // within the image; the first is -1 where the sample is outside its map
+  float scale;               // what all weights are still to be multiplied by: the softmax's denominator
+  // For the backward pass: attention before the scale, the pixel at the upper left, and how far the sample is from it.
   float* attention;
-  // For the backward pass: the pixel at the upper left, and how far the sample is from it.
   int32_t *left, *upper;
   float *right_share, *lower_share;
 };
@@ -63,63 +66,53 @@ INLINE void write_floats(const float* source, void* data, Type type, int64_t sta
     if (i < count) {
       char rest[kLanes * Number::kSize];
       Number::template store<kLanes>(rest, load_vector<Floats>(source + i));
-      __builtin_memcpy(first + i * Number::kSize, rest, (count - i) * Number::kSize);
+      copy_some<Number::kSize>(first + i * Number::kSize, rest, count - i);
     }
   });
 }
 
-INLINE Ints lane_numbers() {
+// Whether the lanes from sample `first` on are samples of the problem.
+INLINE Ints is_sample(const Problem& problem, int64_t first) {
   Ints lanes;
   for (int lane = 0; lane < kLanes; lane++) lanes[lane] = lane;
-  return lanes;
+  return lanes < int32_t(problem.samples - first);
 }
 
-INLINE void softmax(const Problem& problem, const float* logits, float* probabilities) {
-  const Ints lanes = lane_numbers();
+// The largest of the unit's scores.
+INLINE float largest_score(const Problem& problem, const float* scores) {
   const Floats lowest = Floats{} - __builtin_inff();
   Floats largest = lowest;
   for (int64_t i = 0; i < problem.padded_samples; i += kLanes) {
-    const Floats x = lanes < int32_t(problem.samples - i) ? load_vector<Floats>(logits + i) : lowest;
-    largest = x > largest ? x : largest;
+    const Floats score = is_sample(problem, i) ? load_vector<Floats>(scores + i) : lowest;
+    largest = score > largest ? score : largest;
   }
-  const float maximum = reduce<kLanes>(largest, [](auto a, auto b) { return a > b ? a : b; });
-  Floats sums = {};
-  for (int64_t i = 0; i < problem.padded_samples; i += kLanes) {
-    const Floats x = lanes < int32_t(problem.samples - i) ? load_vector<Floats>(logits + i) : lowest;
-    const Floats powers = exp_of_negative(x - maximum);
-    store_vector(probabilities + i, powers);
-    sums += powers;
-  }
-  const float scale = 1.0f / reduce<kLanes>(sums, [](auto a, auto b) { return a + b; });
-  for (int64_t i = 0; i < problem.padded_samples; i += kLanes) {
-    store_vector(probabilities + i, load_vector<Floats>(probabilities + i) * scale);
-  }
+  return reduce<kLanes>(largest, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// What is added to the positions of each of the queries, once they are in pixels: (2, padded_samples) for each.
-INLINE void find_origins(const Problem& problem, int64_t first_query, int64_t last_query, float* origins) {
+// What is added to a query's positions once they are in pixels: (2, padded_samples).
+INLINE void find_origin(const Problem& problem, int64_t query, float* origin) {
   const SampleTable& table = problem.table;
   const int64_t padded = problem.padded_samples;
-  for (int64_t query = first_query; query < last_query; query++, origins += 2 * padded) {
-    if (!problem.fused) {
-      for (int64_t i = 0; i < 2 * padded; i++) origins[i] = -0.5f;
-      continue;
-    }
-    const float* points = problem.reference_points + query / problem.queries * problem.reference_image_stride +
-                          query % problem.queries * problem.reference_levels * 2;
-    for (int64_t i = 0; i < padded; i++) {
-      const float* point = points + (problem.reference_levels == 1 ? 0 : table.level[i] * 2);
-      origins[i] = point[0] * table.width[i] - 0.5f;
-      origins[padded + i] = point[1] * table.height[i] - 0.5f;
-    }
+  if (!problem.fused) {
+    for (int64_t i = 0; i < 2 * padded; i++) origin[i] = -0.5f;
+    return;
+  }
+  const float* points = problem.reference_points + query / problem.queries * problem.reference_image_stride +
+                        query % problem.queries * problem.reference_levels * 2;
+  for (int64_t i = 0; i < padded; i++) {
+    const float* point = points + (problem.reference_levels == 1 ? 0 : table.level[i] * 2);
+    origin[i] = point[0] * table.width[i] - 0.5f;
+    origin[padded + i] = point[1] * table.height[i] - 0.5f;
   }
 }
 
 template <bool kBackward>
-INLINE void locate(const Problem& problem, const float* origin, const float* positions, const Samples& samples) {
+INLINE void locate(const Problem& problem, const float* origin, const float* positions, const float* scores,
+                   Samples& samples) {
   const SampleTable& table = problem.table;
-  const Ints lanes = lane_numbers();
   constexpr auto each_lane = std::make_integer_sequence<int, kLanes>();
+  const float largest = problem.fused ? largest_score(problem, scores) : 0.0f;
+  Floats sums = {};
   for (int64_t i = 0; i < problem.padded_samples; i += kLanes) {
     const Floats low = load_vector<Floats>(positions + 2 * i);
     const Floats high = load_vector<Floats>(positions + 2 * i + kLanes);
@@ -130,7 +123,7 @@ INLINE void locate(const Problem& problem, const float* origin, const float* pos
 
     // NaN fails every comparison and is outside.
     const Ints inside = (x > -1.0f) & (x < load_vector<Floats>(table.width + i)) & (y > -1.0f) &
-                        (y < load_vector<Floats>(table.height + i)) & (lanes < int32_t(problem.samples - i));
+                        (y < load_vector<Floats>(table.height + i)) & is_sample(problem, i);
     x = inside ? x : Floats{};
     y = inside ? y : Floats{};
 
@@ -143,7 +136,12 @@ INLINE void locate(const Problem& problem, const float* origin, const float* pos
 
     const Ints last_x = load_vector<Ints>(table.last_x + i);
     const Ints last_y = load_vector<Ints>(table.last_y + i);
-    const Floats weight = inside ? load_vector<Floats>(samples.attention + i) : Floats{};
+    Floats attention = load_vector<Floats>(scores + i);
+    if (problem.fused) {
+      attention = is_sample(problem, i) ? exp_of_negative(attention - largest) : Floats{};
+      sums += attention;
+    }
+    const Floats weight = inside ? attention : Floats{};
     const Floats upper_weight = upper >= 0 ? weight * (1.0f - lower_share) : Floats{};
     const Floats lower_weight = upper < last_y ? weight * lower_share : Floats{};
     const Floats left_weight = left >= 0 ? 1.0f - right_share : Floats{};
@@ -166,12 +164,22 @@ INLINE void locate(const Problem& problem, const float* origin, const float* pos
     store_vector(samples.token[3] + i, lower_row + right_column);
 
     if constexpr (kBackward) {
+      store_vector(samples.attention + i, attention);
       store_vector(samples.left + i, left);
       store_vector(samples.upper + i, upper);
       store_vector(samples.right_share + i, right_share);
       store_vector(samples.lower_share + i, lower_share);
     }
   }
+  samples.scale = problem.fused ? 1.0f / reduce<kLanes>(sums, [](auto a, auto b) { return a + b; }) : 1.0f;
+}
+
+// Asks for numbers that will be read soon. Inlined, or the compiler takes it for a function without effect.
+INLINE void prefetch(const void* data, Type type, int64_t start, int64_t count) {
+  const int64_t size = type == Type::kFloat32 ? 4 : 2;
+  const char* first = static_cast<const char*>(data) + start * size;
+  for (int64_t i = 0; i < count * size; i += 64) __builtin_prefetch(first + i);
+  __builtin_prefetch(first + count * size - 1);
 }
 
 class Locator {
@@ -191,22 +199,17 @@ class Locator {
     scores_ = memory.floats(count);
   }
 
-  // The samples of one unit, whose query has this origin; valid until the next call.
+  // The samples of one unit, whose query has this origin; valid until the next call. `later` is a unit to come.
   template <bool kBackward>
-  INLINE const Samples& samples_of(int64_t unit, const float* origin) {
+  INLINE const Samples& samples_of(int64_t unit, const float* origin, int64_t later) {
     const int64_t count = problem_.samples, padded = problem_.padded_samples;
+    prefetch(problem_.positions, problem_.position_type, later * count * 2, padded * 2);
+    prefetch(problem_.scores, problem_.score_type, later * count, padded);
     const int64_t total = problem_.images * problem_.queries * problem_.heads * count;
     const float* positions = as_floats(problem_.positions, problem_.position_type, unit * count * 2, count * 2,
                                        padded * 2, total * 2, positions_);
     const float* scores = as_floats(problem_.scores, problem_.score_type, unit * count, count, padded, total, scores_);
-    if (problem_.fused) {
-      softmax(problem_, scores, samples_.attention);
-    } else {
-      for (int64_t i = 0; i < padded; i += kLanes) {
-        store_vector(samples_.attention + i, load_vector<Floats>(scores + i));
-      }
-    }
-    locate<kBackward>(problem_, origin, positions, samples_);
+    locate<kBackward>(problem_, origin, positions, scores, samples_);
     return samples_;
   }
 
@@ -251,7 +254,7 @@ INLINE void add_up(const Problem& problem, const Samples& samples, Rows rows, ch
       lower[i] += weight[3] * Number::template load<N>(row[3] + start);
     }
   }
-  for (int i = 0; i < kVectors; i++) Number::template store<N>(output + i * N * Number::kSize, upper[i] + lower[i]);
+  for (int i = 0; i < kVectors; i++) Number::template store<N>(output + i * N * Number::kSize, (upper[i] + lower[i]) * samples.scale);
 }
 
 // Calls function(std::integral_constant<int, lanes>) with the most lanes that the head's channels are a multiple of.
@@ -266,29 +269,25 @@ INLINE void with_lanes(int64_t head_dim, Function function) {
 template <Type type, int N>
 void forward_typed(const Problem& problem, int64_t first_query, int64_t last_query, Memory memory) {
   constexpr int64_t size = Element<type>::kSize;
-  float* origins = memory.floats(2 * kQueriesPerBlock * problem.padded_samples);
+  float* origin = memory.floats(2 * problem.padded_samples);
   Locator locator(problem, memory);
-  for (int64_t block = first_query; block < last_query; block += kQueriesPerBlock) {
-    const int64_t block_end = block + kQueriesPerBlock < last_query ? block + kQueriesPerBlock : last_query;
-    find_origins(problem, block, block_end, origins);
+  for (int64_t query = first_query; query < last_query; query++) {
+    find_origin(problem, query, origin);
     for (int64_t head = 0; head < problem.heads; head++) {
-      for (int64_t query = block; query < block_end; query++) {
-        const int64_t unit = query * problem.heads + head;
-        const Samples& samples =
-            locator.samples_of<false>(unit, origins + (query - block) * 2 * problem.padded_samples);
-        Rows rows = Rows::of<type>(problem, query / problem.queries, head);
-        char* output = static_cast<char*>(problem.output) + unit * problem.head_dim * size;
-        int64_t left = problem.head_dim / N;
-        const auto add_up_next = [&](auto vectors) INLINE_LAMBDA {
-          add_up<type, N, vectors>(problem, samples, rows, output);
-          rows.first += vectors * N * size;
-          output += vectors * N * size;
-          left -= vectors;
-        };
-        while (left >= 4) add_up_next(std::integral_constant<int, 4>());
-        if (left >= 2) add_up_next(std::integral_constant<int, 2>());
-        if (left >= 1) add_up_next(std::integral_constant<int, 1>());
-      }
+      const int64_t unit = query * problem.heads + head;
+      const Samples& samples = locator.samples_of<false>(unit, origin, unit + kUnitsAhead);
+      Rows rows = Rows::of<type>(problem, query / problem.queries, head);
+      char* output = static_cast<char*>(problem.output) + unit * problem.head_dim * size;
+      int64_t left = problem.head_dim / N;
+      const auto add_up_next = [&](auto vectors) INLINE_LAMBDA {
+        add_up<type, N, vectors>(problem, samples, rows, output);
+        rows.first += vectors * N * size;
+        output += vectors * N * size;
+        left -= vectors;
+      };
+      while (left >= 4) add_up_next(std::integral_constant<int, 4>());
+      if (left >= 2) add_up_next(std::integral_constant<int, 2>());
+      if (left >= 1) add_up_next(std::integral_constant<int, 1>());
     }
   }
 }
@@ -303,10 +302,9 @@ void forward(const Problem& problem, int64_t first_query, int64_t last_query, fl
 
 // For kLanes / kCorners samples: adds to the gradients of the rows around each, and gives the product of each row with
 // the gradient of the output, as [corner][sample]. kVectors is head_dim / N if known, else 0.
-template <Type type, int N, int kVectors>
-INLINE Floats spread(const Problem& problem, const Samples& samples, int64_t first_sample, Rows rows,
+template <int N, int kVectors>
+INLINE Floats spread(const Problem& problem, const Samples& samples, int64_t first_sample, const float* value,
                      const float* grad_output, float* grad_value) {
-  using Number = Element<type>;
   constexpr int count = kLanes / kCorners;
   const int64_t vectors = kVectors > 0 ? kVectors : problem.head_dim / N;
   Floats products[kLanes];
@@ -316,14 +314,13 @@ INLINE Floats spread(const Problem& problem, const Samples& samples, int64_t fir
     for (int corner = 0; corner < kCorners; corner++) {
       FloatsOf<N> product = {};
       if (!outside) {
-        const int64_t token = samples.token[corner][sample];
+        const int64_t start = samples.token[corner][sample] * problem.head_dim;
         const float weight = samples.weight[corner][sample];
-        const char* row = rows.first + token * rows.stride;
-        float* grad_row = grad_value + token * problem.head_dim;
         for (int64_t j = 0; j < vectors; j++) {
           const FloatsOf<N> grad = load_vector<FloatsOf<N>>(grad_output + j * N);
-          product += grad * Number::template load<N>(row + j * N * Number::kSize);
-          store_vector(grad_row + j * N, load_vector<FloatsOf<N>>(grad_row + j * N) + weight * grad);
+          float* grad_row = grad_value + start + j * N;
+          product += grad * load_vector<FloatsOf<N>>(value + start + j * N);
+          store_vector(grad_row, load_vector<FloatsOf<N>>(grad_row) + weight * grad);
         }
       }
       Floats& wide = products[corner * count + i];
@@ -334,128 +331,123 @@ INLINE Floats spread(const Problem& problem, const Samples& samples, int64_t fir
   return sum_of_each(products);
 }
 
-// Where the unit's gradients of positions and scores are made; arrays of padded_samples, the first of twice as many.
-struct SampleGradients {
-  float *positions, *scores;
-};
-
-// `products`: of the row at each corner with the gradient of the output, four arrays of padded_samples.
-INLINE void differentiate(const Problem& problem, const Samples& samples, float* const* products,
-                          SampleGradients gradients) {
+// Gradients of positions and, before the softmax, scores of kLanes samples. `products`: of the row at each corner with
+// the gradient of the output.
+INLINE void differentiate(const Problem& problem, const Samples& samples, int64_t first, const Floats* products,
+                          float* grad_positions, float* grad_scores) {
   const SampleTable& table = problem.table;
-  constexpr auto each_lane = std::make_integer_sequence<int, kLanes>();
+  const Ints left = load_vector<Ints>(samples.left + first);
+  const Ints upper = load_vector<Ints>(samples.upper + first);
+  const Ints has_left = left >= 0, has_right = left < load_vector<Ints>(table.last_x + first);
+  const Ints has_upper = upper >= 0, has_lower = upper < load_vector<Ints>(table.last_y + first);
+  // What is outside the map is 0.
+  const Floats upper_left = has_upper & has_left ? products[0] : Floats{};
+  const Floats upper_right = has_upper & has_right ? products[1] : Floats{};
+  const Floats lower_left = has_lower & has_left ? products[2] : Floats{};
+  const Floats lower_right = has_lower & has_right ? products[3] : Floats{};
+
+  const Floats right_share = load_vector<Floats>(samples.right_share + first);
+  const Floats lower_share = load_vector<Floats>(samples.lower_share + first);
+  const Floats attention = load_vector<Floats>(samples.attention + first);
+  const Floats upper_slope = upper_right - upper_left, lower_slope = lower_right - lower_left;
+  const Floats upper_value = upper_left + right_share * upper_slope;
+  const Floats lower_value = lower_left + right_share * lower_slope;
+  const Floats grad_x = attention * (upper_slope + lower_share * (lower_slope - upper_slope));
+  const Floats grad_y = attention * (lower_value - upper_value);
+  store_vector(grad_scores + first, upper_value + lower_share * (lower_value - upper_value));
+  interleave(grad_x * load_vector<Floats>(table.scale_x + first), grad_y * load_vector<Floats>(table.scale_y + first),
+             grad_positions + 2 * first, std::make_integer_sequence<int, kLanes>());
+}
+
+// From the gradients of a softmax's results, before their scale, to those of its logits.
+INLINE void differentiate_softmax(const Problem& problem, const Samples& samples, float* grad_scores) {
   Floats sums = {};
   for (int64_t i = 0; i < problem.padded_samples; i += kLanes) {
-    const Ints left = load_vector<Ints>(samples.left + i);
-    const Ints upper = load_vector<Ints>(samples.upper + i);
-    const Ints has_left = left >= 0, has_right = left < load_vector<Ints>(table.last_x + i);
-    const Ints has_upper = upper >= 0, has_lower = upper < load_vector<Ints>(table.last_y + i);
-    // What is outside the map is 0.
-    const Floats upper_left = has_upper & has_left ? load_vector<Floats>(products[0] + i) : Floats{};
-    const Floats upper_right = has_upper & has_right ? load_vector<Floats>(products[1] + i) : Floats{};
-    const Floats lower_left = has_lower & has_left ? load_vector<Floats>(products[2] + i) : Floats{};
-    const Floats lower_right = has_lower & has_right ? load_vector<Floats>(products[3] + i) : Floats{};
-
-    const Floats right_share = load_vector<Floats>(samples.right_share + i);
-    const Floats lower_share = load_vector<Floats>(samples.lower_share + i);
-    const Floats attention = load_vector<Floats>(samples.attention + i);
-    const Floats upper_slope = upper_right - upper_left, lower_slope = lower_right - lower_left;
-    const Floats upper_product = upper_left + right_share * upper_slope;
-    const Floats lower_product = lower_left + right_share * lower_slope;
-    const Floats grad_attention = upper_product + lower_share * (lower_product - upper_product);
-    const Floats grad_x = attention * (upper_slope + lower_share * (lower_slope - upper_slope));
-    const Floats grad_y = attention * (lower_product - upper_product);
-
-    store_vector(gradients.scores + i, grad_attention);
-    const Floats x = grad_x * load_vector<Floats>(table.scale_x + i);
-    const Floats y = grad_y * load_vector<Floats>(table.scale_y + i);
-    interleave(x, y, gradients.positions + 2 * i, each_lane);
-    const Ints is_sample = lane_numbers() < int32_t(problem.samples - i);
-    sums += is_sample ? attention * grad_attention : Floats{};
+    const Floats part = load_vector<Floats>(samples.attention + i) * load_vector<Floats>(grad_scores + i);
+    sums += is_sample(problem, i) ? part : Floats{};
   }
-  if (!problem.fused) return;
-  const float mean = reduce<kLanes>(sums, [](auto a, auto b) { return a + b; });
+  const float mean = samples.scale * reduce<kLanes>(sums, [](auto a, auto b) { return a + b; });
   for (int64_t i = 0; i < problem.padded_samples; i += kLanes) {
     const Floats attention = load_vector<Floats>(samples.attention + i);
-    store_vector(gradients.scores + i, attention * (load_vector<Floats>(gradients.scores + i) - mean));
+    store_vector(grad_scores + i, attention * (load_vector<Floats>(grad_scores + i) - mean));
   }
 }
 
-template <Type type, int N, int kVectors>
-void backward_typed(const Problem& problem, int64_t image, int64_t head, int64_t first_query, int64_t last_query,
-                    float* grad_value, Memory memory) {
-  using Number = Element<type>;
-  constexpr int samples_at_once = kLanes / kCorners;
+template <int N, int kVectors>
+void backward_sized(const Problem& problem, int64_t image, int64_t head, int64_t first_query, int64_t last_query,
+                    const float* value, float* grad_value, Memory memory) {
   float* origin = memory.floats(2 * problem.padded_samples);
   Locator locator(problem, memory);
-  float* products[kCorners];
-  for (float*& product : products) product = memory.floats(problem.padded_samples);
-  const SampleGradients gradients = {memory.floats(2 * problem.padded_samples), memory.floats(problem.padded_samples)};
+  float* grad_positions = memory.floats(2 * problem.padded_samples);
+  float* grad_scores = memory.floats(problem.padded_samples);
   float* grad_output = memory.floats(problem.head_dim);
-  const Rows rows = Rows::of<type>(problem, image, head);
 
-  for (int64_t query = first_query; query < last_query; query++) {
-    const int64_t query_of_all = image * problem.queries + query;
-    const int64_t unit = query_of_all * problem.heads + head;
-    find_origins(problem, query_of_all, query_of_all + 1, origin);
-    const Samples& samples = locator.samples_of<true>(unit, origin);
-    const char* grad = static_cast<const char*>(problem.grad_output) + unit * problem.head_dim * Number::kSize;
-    for (int64_t i = 0; i < problem.head_dim; i += N) {
-      store_vector(grad_output + i, Number::template load<N>(grad + i * Number::kSize));
-    }
-    for (int64_t sample = 0; sample < problem.samples; sample += samples_at_once) {
-      const Floats sums = spread<type, N, kVectors>(problem, samples, sample, rows, grad_output, grad_value);
-      float parts[kCorners][samples_at_once];
-      store_vector(parts, sums);
-      for (int corner = 0; corner < kCorners; corner++) {
-        __builtin_memcpy(products[corner] + sample, parts[corner], sizeof(parts[corner]));
+  for (int64_t query = image * problem.queries + first_query; query < image * problem.queries + last_query; query++) {
+    const int64_t unit = query * problem.heads + head;
+    find_origin(problem, query, origin);
+    const int64_t later = unit + kQueriesAhead * problem.heads;
+    const Samples& samples = locator.samples_of<true>(unit, origin, later);
+    prefetch(problem.grad_output, problem.value_type, later * problem.head_dim, problem.head_dim);
+    with_type(problem.value_type, [&](auto constant) INLINE_LAMBDA {
+      using Number = Element<decltype(constant)::value>;
+      const char* grad = static_cast<const char*>(problem.grad_output) + unit * problem.head_dim * Number::kSize;
+      for (int64_t i = 0; i < problem.head_dim; i += N) {
+        store_vector(grad_output + i, Number::template load<N>(grad + i * Number::kSize) * samples.scale);
       }
+    });
+    for (int64_t i = 0; i < problem.padded_samples; i += kLanes) {
+      Floats products[kCorners] = {};
+      for (int part = 0; part < kCorners; part++) {
+        const int64_t first = i + part * (kLanes / kCorners);
+        if (first >= problem.samples) break;
+        products[part] = spread<N, kVectors>(problem, samples, first, value, grad_output, grad_value);
+      }
+      transpose_blocks(products, std::make_integer_sequence<int, kLanes>());
+      differentiate(problem, samples, i, products, grad_positions, grad_scores);
     }
-    differentiate(problem, samples, products, gradients);
-    write_floats(gradients.positions, problem.grad_positions, problem.position_type, unit * problem.samples * 2,
+    if (problem.fused) differentiate_softmax(problem, samples, grad_scores);
+    write_floats(grad_positions, problem.grad_positions, problem.position_type, unit * problem.samples * 2,
                  problem.samples * 2);
-    write_floats(gradients.scores, problem.grad_scores, problem.score_type, unit * problem.samples, problem.samples);
+    write_floats(grad_scores, problem.grad_scores, problem.score_type, unit * problem.samples, problem.samples);
   }
 }
 
 void backward(const Problem& problem, int64_t image, int64_t head, int64_t first_query, int64_t last_query,
-              float* grad_value, float* memory) {
-  with_type(problem.value_type, [&](auto type) {
-    with_lanes(problem.head_dim, [&](auto lanes) {
-      const auto run = [&](auto vectors) {
-        backward_typed<decltype(type)::value, decltype(lanes)::value, decltype(vectors)::value>(
-            problem, image, head, first_query, last_query, grad_value, Memory{memory});
-      };
-      // 32 channels a head is what models have.
-      if (problem.head_dim == 32) return run(std::integral_constant<int, 32 / decltype(lanes)::value>());
-      run(std::integral_constant<int, 0>());
-    });
+              const float* value, float* grad_value, float* memory) {
+  with_lanes(problem.head_dim, [&](auto lanes) {
+    constexpr int N = decltype(lanes)::value;
+    // 32 channels a head is what models have.
+    const auto sized = problem.head_dim == 32 ? backward_sized<N, 32 / N> : backward_sized<N, 0>;
+    sized(problem, image, head, first_query, last_query, value, grad_value, Memory{memory});
   });
 }
 
-template <Type type, int N>
-void store_grad_value_typed(const Problem& problem, int64_t image, int64_t head, const float* const* buffers,
-                            int64_t count, int64_t first_token, int64_t last_token) {
-  using Number = Element<type>;
-  for (int64_t token = first_token; token < last_token; token++) {
-    char* row = static_cast<char*>(problem.grad_value) +
-                ((image * problem.tokens + token) * problem.heads + head) * problem.head_dim * Number::kSize;
-    for (int64_t i = 0; i < problem.head_dim; i += N) {
-      FloatsOf<N> sum = load_vector<FloatsOf<N>>(buffers[0] + token * problem.head_dim + i);
-      for (int64_t buffer = 1; buffer < count; buffer++) {
-        sum += load_vector<FloatsOf<N>>(buffers[buffer] + token * problem.head_dim + i);
+void load_value(const Problem& problem, int64_t image, int64_t head, float* rows) {
+  with_type(problem.value_type, [&](auto constant) {
+    using Number = Element<decltype(constant)::value>;
+    const Rows source = Rows::of<decltype(constant)::value>(problem, image, head);
+    for (int64_t token = 0; token < problem.tokens; token++) {
+      const char* row = source.first + token * source.stride;
+      for (int64_t i = 0; i < problem.head_dim; i += kNarrow) {
+        store_vector(rows + token * problem.head_dim + i, Number::template load<kNarrow>(row + i * Number::kSize));
       }
-      Number::template store<N>(row + i * Number::kSize, sum);
     }
-  }
+  });
 }
 
 void store_grad_value(const Problem& problem, int64_t image, int64_t head, const float* const* buffers, int64_t count,
                       int64_t first_token, int64_t last_token) {
-  with_type(problem.value_type, [&](auto type) {
-    with_lanes(problem.head_dim, [&](auto lanes) {
-      store_grad_value_typed<decltype(type)::value, decltype(lanes)::value>(problem, image, head, buffers, count,
-                                                                            first_token, last_token);
-    });
+  with_type(problem.value_type, [&](auto constant) {
+    using Number = Element<decltype(constant)::value>;
+    for (int64_t token = first_token; token < last_token; token++) {
+      char* row = static_cast<char*>(problem.grad_value) +
+                  ((image * problem.tokens + token) * problem.heads + head) * problem.head_dim * Number::kSize;
+      for (int64_t i = 0; i < problem.head_dim; i += kNarrow) {
+        const int64_t start = token * problem.head_dim + i;
+        FloatsOf<kNarrow> sum = load_vector<FloatsOf<kNarrow>>(buffers[0] + start);
+        for (int64_t j = 1; j < count; j++) sum += load_vector<FloatsOf<kNarrow>>(buffers[j] + start);
+        Number::template store<kNarrow>(row + i * Number::kSize, sum);
+      }
+    }
   });
 }

@@ -105,14 +105,15 @@ class Call {
     at::Tensor shared = parts > 1 ? at::empty({slices * parts, numbers}, value_.options().dtype(at::kFloat)) : at::Tensor();
     at::parallel_for(0, slices * parts, 1, [&](int64_t first, int64_t last) {
       std::vector<float> memory(memory_floats(problem_));
-      std::vector<float> own(parts > 1 ? 0 : numbers);
+      std::vector<float> value(numbers), own(parts > 1 ? 0 : numbers);
       for (int64_t task = first; task < last; task++) {
         const int64_t slice = task / parts, part = task % parts;
         const int64_t image = slice / problem_.heads, head = slice % problem_.heads;
         float* buffer = parts > 1 ? shared.data_ptr<float>() + task * numbers : own.data();
         std::fill_n(buffer, numbers, 0.0f);
+        if (task == first || part == 0) kernels().load_value(problem_, image, head, value.data());
         kernels().backward(problem_, image, head, problem_.queries * part / parts, problem_.queries * (part + 1) / parts,
-                           buffer, memory.data());
+                           value.data(), buffer, memory.data());
         if (parts == 1) kernels().store_grad_value(problem_, image, head, &buffer, 1, 0, problem_.tokens);
       }
     });

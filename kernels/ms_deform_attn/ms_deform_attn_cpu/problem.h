@@ -59,21 +59,23 @@ struct Kernels {
   // Writes the output of all heads of the given queries, counted through all images.
   void (*forward)(const Problem& problem, int64_t first_query, int64_t last_query, float* memory);
 
+  // Copies one head of one image of the value to (tokens, head_dim) float32: rows a power of two apart would share
+  // few of the cache's sets.
+  void (*load_value)(const Problem& problem, int64_t image, int64_t head, float* rows);
+
   // Writes the gradients of positions and scores of the given queries of one head of one image; adds the gradient of
-  // the value to `grad_value`, (tokens, head_dim) float32.
+  // `value` to `grad_value`, both (tokens, head_dim) float32.
   void (*backward)(const Problem& problem, int64_t image, int64_t head, int64_t first_query, int64_t last_query,
-                   float* grad_value, float* memory);
+                   const float* value, float* grad_value, float* memory);
 
   // Writes the sum of `count` buffers, (tokens, head_dim) float32 each, into one head of problem.grad_value.
   void (*store_grad_value)(const Problem& problem, int64_t image, int64_t head, const float* const* buffers,
                            int64_t count, int64_t first_token, int64_t last_token);
 };
 
-constexpr int64_t kQueriesPerBlock = 32;
-
 inline int64_t memory_floats(const Problem& problem) {
-  const int64_t arrays = 2 * kQueriesPerBlock + 8 + 5 + 3 + 4 + 4;  // origins, samples, copies, products, gradients
-  return arrays * problem.padded_samples + 2 * problem.head_dim + 64 * kMostLanes;
+  const int64_t arrays = 2 + (8 + 5) + 3 + 3;  // origin, samples, copies, gradients
+  return arrays * problem.padded_samples + problem.head_dim + kMostLanes;
 }
 
 extern const Kernels kBaseline;

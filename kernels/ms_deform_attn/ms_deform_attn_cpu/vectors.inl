@@ -31,6 +31,18 @@ INLINE void store_vector(void* pointer, Vector vector) {
   __builtin_memcpy(pointer, &vector, sizeof(Vector));
 }
 
+// Copies fewer than 2 * kStep elements of kSize bytes.
+template <int64_t kSize, int kStep = kLanes / 2>
+INLINE void copy_some(char* target, const char* source, int64_t count) {
+  if (count >= kStep) {
+    __builtin_memcpy(target, source, kStep * kSize);
+    target += kStep * kSize;
+    source += kStep * kSize;
+    count -= kStep;
+  }
+  if constexpr (kStep > 1) copy_some<kSize, kStep / 2>(target, source, count);
+}
+
 template <int N>
 INLINE FloatsOf<N> widen_half(typename VectorOf<N>::Halves half) {
 #if defined(MS_DEFORM_ATTN_F16C)
@@ -172,6 +184,24 @@ INLINE Floats sum_of_each(const Floats* vectors) {
     Floats halves[Group / 2];
     for (int i = 0; i < Group / 2; i++) halves[i] = halve_groups<Group>(vectors[2 * i], vectors[2 * i + 1], lanes);
     return sum_of_each<Group / 2>(halves);
+  }
+}
+
+// Takes each vector as four blocks: block j of vector i becomes block i of vector j.
+template <int... I>
+INLINE void transpose_blocks(Floats* vectors, std::integer_sequence<int, I...>) {
+  constexpr int block = kLanes / 4;
+  Floats pairs[4];  // blocks 0 and 1 of vectors 0 and 1, then blocks 2 and 3 of them; the same of vectors 2 and 3
+  for (int i = 0; i < 2; i++) {
+    const Floats &even = vectors[2 * i], &odd = vectors[2 * i + 1];
+    pairs[2 * i] = __builtin_shufflevector(even, odd, (I / block / 2 * block + I / block % 2 * kLanes + I % block)...);
+    pairs[2 * i + 1] =
+        __builtin_shufflevector(even, odd, ((I / block / 2 + 2) * block + I / block % 2 * kLanes + I % block)...);
+  }
+  constexpr int half = kLanes / 2;
+  for (int i = 0; i < 2; i++) {
+    vectors[2 * i] = __builtin_shufflevector(pairs[i], pairs[i + 2], (I / half * kLanes + I % half)...);
+    vectors[2 * i + 1] = __builtin_shufflevector(pairs[i], pairs[i + 2], (I / half * kLanes + half + I % half)...);
   }
 }
 
