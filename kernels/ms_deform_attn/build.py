@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def main():
 
 
 def build(output: Path, allow_cuda: bool = True, portable: bool = False, sanitize: bool = False) -> Path:
-    """Compile and lay out one variant; whatever stood there before stays until the new one is complete.
+    """Compile and lay out one variant, if it is not there yet; an older one stays until the new one is complete.
 
     Args:
         output: folder of the variants.
@@ -142,21 +143,28 @@ def build(output: Path, allow_cuda: bool = True, portable: bool = False, sanitiz
     """
     config = tomllib.loads((ROOT / "build.toml").read_text())
     package = config["general"]["name"].replace("-", "_")
-    with_cuda = allow_cuda and can_build_cuda()
+    cuda = find_cuda() if allow_cuda else None
     # `kernels` takes only variants of the backend that torch is built for.
     backend = "cuda" if torch.version.cuda else "cpu"
-    sources = sources_of(config, "cuda" if with_cuda else "cpu")
-    name = f"_{package}_{backend}_{digest_of_sources(sources, with_cuda, sanitize)}"
-    capabilities = config["kernel"][f"{package}_cuda"]["cuda-capabilities"] if with_cuda else []
+    sources = sources_of(config, "cuda" if cuda else "cpu")
+    python_files = sorted((ROOT / "torch-ext" / package).glob("*.py"))
+    digest = digest_of([*sources, *python_files, ROOT / "build.toml", Path(__file__)], cuda, sanitize)
+    name = f"_{package}_{backend}_{digest}"
+    final = output / variant_name(backend)
+    if not portable and is_build(final, name):
+        return final
+    capabilities = config["kernel"][f"{package}_cuda"]["cuda-capabilities"] if cuda else []
 
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".building-") as temporary:
         work, variant = Path(temporary) / "work", Path(temporary) / "variant"
         work.mkdir()
         (work / "registration.h").write_text(REGISTRATION_HEADER)
-        shutil.copytree(ROOT / "torch-ext" / package, variant, ignore=shutil.ignore_patterns("__pycache__", "_ops.py"))
+        variant.mkdir()
+        for path in python_files:
+            shutil.copy(path, variant)
         library = variant / f"{name}.abi3.so"
-        compile_library(sources, name, library, work, with_cuda, capabilities, sanitize)
+        compile_library(sources, name, library, work, cuda, capabilities, sanitize)
         if not sanitize:
             complaints = abi_complaints(library)
             if complaints and portable:
@@ -179,25 +187,25 @@ def build(output: Path, allow_cuda: bool = True, portable: bool = False, sanitiz
         (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
         shutil.copyfile(ROOT / "CARD.md", output / "CARD.md")
 
-        final = output / variant_name(backend)
         if final.exists():
             final.rename(Path(temporary) / "previous")
         variant.rename(final)
     return final
 
 
-def can_build_cuda() -> bool:
-    """Whether torch is for CUDA and nvcc is of the same major version."""
-    if not torch.version.cuda or cpp_extension.CUDA_HOME is None:
-        return False
-    nvcc = Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc"
-    if not nvcc.exists():
-        return False
-    release = re.search(r"release (\d+)\.", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
-    matches = release is not None and release[1] == torch.version.cuda.split(".")[0]
-    if not matches:
-        print(f"build.py: CPU code only, since {nvcc} is not for CUDA {torch.version.cuda}", file=sys.stderr)
-    return matches
+def find_cuda() -> Path | None:
+    """The CUDA toolkit's folder, if torch is for CUDA of the same major version and there is an nvcc."""
+    nvcc = shutil.which("nvcc") or (cpp_extension.CUDA_HOME and shutil.which(f"{cpp_extension.CUDA_HOME}/bin/nvcc"))
+    if not torch.version.cuda or not nvcc:
+        return None
+    # nvcc may be a link or a script elsewhere; it knows where it belongs.
+    plan = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    folder, release = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE), re.search(r"release (\d+)\.", version)
+    if not folder or not release or release[1] != torch.version.cuda.split(".")[0]:
+        print(f"build.py: no CUDA code, since {nvcc} is not for CUDA {torch.version.cuda}", file=sys.stderr)
+        return None
+    return Path(folder[1].strip()).resolve()
 
 
 def sources_of(config: dict, backend: str) -> list[Path]:
@@ -206,12 +214,18 @@ def sources_of(config: dict, backend: str) -> list[Path]:
     return [ROOT / path for section in sections for path in section["src"]]
 
 
-def digest_of_sources(sources: list[Path], with_cuda: bool, sanitize: bool) -> str:
-    """Seven letters that differ between builds that differ: two can then be loaded in one process."""
-    digest = hashlib.sha256(repr((torch.__version__, with_cuda, sanitize)).encode())
-    for path in sources:
+def digest_of(files: list[Path], cuda: Path | None, sanitize: bool) -> str:
+    """Seven digits that differ between builds that differ: two can then be loaded in one process."""
+    digest = hashlib.sha256(repr((torch.__version__, bool(cuda), sanitize)).encode())
+    for path in files:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:7]
+
+
+def is_build(variant: Path, name: str) -> bool:
+    """Whether a complete build of this name is there already."""
+    metadata = variant / "metadata.json"
+    return metadata.is_file() and json.loads(metadata.read_text())["id"] == name
 
 
 def variant_name(backend: str) -> str:
@@ -226,18 +240,26 @@ def variant_name(backend: str) -> str:
 
 
 def compile_library(
-    sources: list[Path], name: str, library: Path, work: Path, with_cuda: bool, capabilities: list[str], sanitize: bool
+    sources: list[Path],
+    name: str,
+    library: Path,
+    work: Path,
+    cuda: Path | None,
+    capabilities: list[str],
+    sanitize: bool,
 ):
     """Compile all sources side by side and link them."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise BuildError(f"no C++ compiler {compiler!r}: install one (Debian: apt install g++) or set CXX")
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    includes = [f"-I{work}", *(f"-isystem{path}" for path in include_folders(with_cuda))]
+    folders = [*cpp_extension.include_paths("cpu"), sysconfig.get_path("include")]
+    folders += [cuda / "include"] if cuda else []
+    includes = [f"-I{work}", *(part for folder in folders for part in ("-isystem", folder))]
     common = [
         f"-std=c++{20 if version >= (2, 12) else 17}",
         f"-DTORCH_EXTENSION_NAME={name}",
-        f"-D{'CUDA' if with_cuda else 'CPU'}_KERNEL",
+        f"-D{'CUDA' if cuda else 'CPU'}_KERNEL",
         *TORCH_FLAGS,
         *includes,
     ]
@@ -248,9 +270,9 @@ def compile_library(
     def compile_one(source: Path) -> Path:
         target = work / f"{source.parent.name}_{source.name}.o"
         if source.suffix == ".cu":
-            nvcc = Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc"
             codes = [cuda_code(capability, capability == capabilities[-1]) for capability in capabilities]
-            command = [nvcc, "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *common, *codes, "-c", source, "-o", target]
+            options = ["-O3", "--threads=0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            command = [cuda / "bin" / "nvcc", *options, *common, *codes, "-c", source, "-o", target]
         else:
             command = [compiler, *common, *host, "-c", source, "-o", target]
         run(command)
@@ -261,21 +283,12 @@ def compile_library(
     units = [portability, *(source for source in sources if source.suffix in {".cpp", ".cu"})]
     with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, units))
-    libraries = ["-lc10", "-ltorch", "-ltorch_cpu"]
-    if with_cuda:
-        libraries += ["-lc10_cuda", "-ltorch_cuda", "-lcudart"]
-    folders = [f"-L{path}" for path in cpp_extension.library_paths("cuda" if with_cuda else "cpu")]
+    libraries = [*(f"-L{path}" for path in cpp_extension.library_paths("cpu")), "-lc10", "-ltorch", "-ltorch_cpu"]
+    if cuda:
+        libraries += [f"-L{cuda}/lib64", f"-L{cuda}/lib", "-lc10_cuda", "-ltorch_cuda", "-lcudart"]
     # Not against libgomp: the one that torch has loaded is the one to use.
     strip = ["-g", *SANITIZERS] if sanitize else ["-Wl,--strip-all"]
-    run([compiler, "-shared", *objects, *folders, *libraries, *strip, "-o", library])
-
-
-def include_folders(with_cuda: bool) -> list[str]:
-    """Where the headers of torch, Python and CUDA are."""
-    import sysconfig
-
-    folders = [*cpp_extension.include_paths("cuda" if with_cuda else "cpu"), sysconfig.get_path("include")]
-    return [folder for folder in folders if Path(folder).is_dir()]
+    run([compiler, "-shared", *objects, *libraries, *strip, "-o", library])
 
 
 def cuda_code(capability: str, newest: bool) -> str:

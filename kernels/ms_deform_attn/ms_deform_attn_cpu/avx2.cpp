@@ -19,7 +19,7 @@
 namespace ms_deform_attn::cpu {
 namespace avx2 {
 
-#define MS_DEFORM_ATTN_F16C
+#define MS_DEFORM_ATTN_AVX2
 constexpr int kLanes = 8;
 #include "vectors.inl"
 // vectors.inl comes first

@@ -20,7 +20,7 @@
 namespace ms_deform_attn::cpu {
 namespace avx512 {
 
-#define MS_DEFORM_ATTN_F16C
+#define MS_DEFORM_ATTN_AVX2
 #define MS_DEFORM_ATTN_AVX512
 constexpr int kLanes = 16;
 #include "vectors.inl"

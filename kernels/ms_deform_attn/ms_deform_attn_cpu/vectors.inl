@@ -43,16 +43,29 @@ INLINE void copy_some(char* target, const char* source, int64_t count) {
   if constexpr (kStep > 1) copy_some<kSize, kStep / 2>(target, source, count);
 }
 
+// Each as the lower half of a 32-bit number; compilers take detours over __builtin_convertvector.
+template <int N>
+INLINE typename VectorOf<N>::Bits widen_bits(typename VectorOf<N>::Halves halves) {
+  using Bits = typename VectorOf<N>::Bits;
+#if defined(MS_DEFORM_ATTN_AVX2)
+  if constexpr (N == 8) return (Bits)_mm256_cvtepu16_epi32((__m128i)halves);
+#endif
+#if defined(MS_DEFORM_ATTN_AVX512)
+  if constexpr (N == 16) return (Bits)_mm512_cvtepu16_epi32((__m256i)halves);
+#endif
+  return __builtin_convertvector(halves, Bits);
+}
+
 template <int N>
 INLINE FloatsOf<N> widen_half(typename VectorOf<N>::Halves half) {
-#if defined(MS_DEFORM_ATTN_F16C)
+#if defined(MS_DEFORM_ATTN_AVX2)
   if constexpr (N == 8) return (FloatsOf<N>)_mm256_cvtph_ps((__m128i)half);
 #endif
 #if defined(MS_DEFORM_ATTN_AVX512)
   if constexpr (N == 16) return (FloatsOf<N>)_mm512_cvtph_ps((__m256i)half);
 #endif
   using Bits = typename VectorOf<N>::Bits;
-  const Bits bits = __builtin_convertvector(half, Bits);
+  const Bits bits = widen_bits<N>(half);
   const Bits sign = (bits & 0x8000u) << 16;
   // Moved into a float's fields the number is too small by 2^112; the product is exact, for subnormal numbers too.
   const FloatsOf<N> magnitude = (FloatsOf<N>)((bits & 0x7fffu) << 13) * 0x1p112f;
@@ -62,7 +75,7 @@ INLINE FloatsOf<N> widen_half(typename VectorOf<N>::Halves half) {
 
 template <int N>
 INLINE typename VectorOf<N>::Halves narrow_to_half(FloatsOf<N> floats) {
-#if defined(MS_DEFORM_ATTN_F16C)
+#if defined(MS_DEFORM_ATTN_AVX2)
   using Halves = typename VectorOf<N>::Halves;
   if constexpr (N == 8) return (Halves)_mm256_cvtps_ph((__m256)floats, _MM_FROUND_TO_NEAREST_INT);
 #endif
@@ -126,8 +139,7 @@ struct Element<Type::kBfloat16> {
   static constexpr int64_t kSize = 2;
   template <int N>
   static INLINE FloatsOf<N> load(const void* pointer) {
-    using Bits = typename VectorOf<N>::Bits;
-    return (FloatsOf<N>)(__builtin_convertvector(load_vector<typename VectorOf<N>::Halves>(pointer), Bits) << 16);
+    return (FloatsOf<N>)(widen_bits<N>(load_vector<typename VectorOf<N>::Halves>(pointer)) << 16);
   }
   template <int N>
   static INLINE void store(void* pointer, FloatsOf<N> floats) {
