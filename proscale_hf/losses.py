@@ -12,6 +12,7 @@ from torch import nn
 from .configuration_proscale_mask2former import ProScaleMask2FormerConfig
 
 
+CPU_PART_VALUES = 2**20  # float32 values of a mask's points that are worked on at once
 UNMATCHABLE = 1e6  # cost in place of a NaN or an infinity: matched last, but never infeasible
 
 
@@ -127,21 +128,22 @@ class UniversalSegmentationLoss(nn.Module):
         """
         config = self.config
         predictions, queries = class_logits.shape[:2]
-        points = torch.rand((1, config.train_num_points, 2), device=class_logits.device) * image_extent.flip(0)
-        logits = sample_maps(mask_logits.flatten(0, 1).unsqueeze(0), points)[0]  # (predictions * queries, points)
+        points = torch.rand((config.train_num_points, 2), device=class_logits.device) * image_extent.flip(0)
         objects = torch.arange(len(class_labels), device=points.device)
-        targets, counted = sample_labels(mask_labels, objects, points, config.ignore_value)  # (objects, points)
+        labels = sample_labels(mask_labels, objects, points, config.ignore_value)
+        inside, counted = (values.T for values in labels)  # (points, objects)
 
-        inside = (targets * counted).T  # (points, objects)
-        counted = counted.T
-        probabilities = logits.sigmoid()
-        # binary cross-entropy: softplus(x) - x * target, summed over points as matrix products
-        cost_mask = (nn.functional.softplus(logits) @ counted - logits @ inside) / counted.sum(0).clamp(min=1)
-        overlap = 2 * (probabilities @ inside)
-        cost_dice = 1 - (overlap + 1) / (probabilities @ counted + inside.sum(0) + 1)
+        mask_costs = []
+        for masks in in_parts(mask_logits.flatten(0, 1), config.train_num_points):
+            logits = sample_maps(masks.unsqueeze(0), points[None])[0]  # (masks, points)
+            probabilities = logits.sigmoid()
+            # binary cross-entropy: softplus(x) - x * target, summed over points as matrix products
+            cross_entropy = (nn.functional.softplus(logits) @ counted - logits @ inside) / counted.sum(0).clamp(min=1)
+            overlap = 2 * (probabilities @ inside)
+            dice = 1 - (overlap + 1) / (probabilities @ counted + inside.sum(0) + 1)
+            mask_costs.append(config.mask_weight * cross_entropy + config.dice_weight * dice)
         cost_class = -class_logits.softmax(-1)[..., class_labels]  # (predictions, queries, objects)
-        cost = config.mask_weight * cost_mask + config.dice_weight * cost_dice
-        cost = cost.view(predictions, queries, -1) + config.class_weight * cost_class
+        cost = torch.cat(mask_costs).view(predictions, queries, -1) + config.class_weight * cost_class
         return cost.nan_to_num(nan=UNMATCHABLE, posinf=UNMATCHABLE, neginf=UNMATCHABLE)
 
     def class_loss(
@@ -167,51 +169,54 @@ class UniversalSegmentationLoss(nn.Module):
         num_masks: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(predictions,) binary cross-entropy and (predictions,) dice loss of the matched masks."""
-        image = torch.cat([torch.full_like(m[0], i) for i, m in enumerate(matches)])
-        prediction, query, _ = torch.cat(matches, dim=1)
-        if len(image) == 0:
-            nothing = mask_logits.flatten(1).sum(1) * 0  # keeps the graph, so that every parameter gets a gradient
-            return nothing, nothing
-        masks = mask_logits[prediction, image, query].unsqueeze(1)  # (matches, 1, height, width)
-        points = self.sample_points(masks.detach(), image_extents[image].flip(1)[:, None])
-        logits = sample_maps(masks, points).squeeze(1)  # (matches, points)
-        targets, counted = zip(
-            *(
-                sample_labels(labels, m[2], p, self.config.ignore_value)
-                for labels, m, p in zip(mask_labels, matches, points.split([m.shape[1] for m in matches]), strict=True)
-            ),
-            strict=True,
-        )
-        targets, counted = torch.cat(targets), torch.cat(counted)
-
-        cross_entropy = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-        cross_entropy = (cross_entropy * counted).sum(1) / counted.sum(1).clamp(min=1)
-        probabilities = logits.sigmoid() * counted
-        inside = targets * counted
-        dice = 1 - (2 * (probabilities * inside).sum(1) + 1) / (probabilities.sum(1) + inside.sum(1) + 1)
         per_prediction = mask_logits.new_zeros((2, len(mask_logits)))
-        return (per_prediction.index_add(1, prediction, torch.stack((cross_entropy, dice))) / num_masks).unbind()
+        for i, (prediction, query, target) in enumerate(matches):
+            masks = mask_logits[prediction, i, query]  # (matches, height, width)
+            if len(masks) == 0:
+                continue
+            points, chosen = self.sample_points(masks.detach(), image_extents[i])
+            logits = sample_maps(masks.unsqueeze(1), points[chosen]).squeeze(1)  # (matches, points)
+            objects, object_of_match = target.unique(return_inverse=True)
+            place = object_of_match[:, None] * len(points) + chosen  # of each mask's points in its object's labels
+            inside, counted = (
+                labels.take(place)
+                for labels in sample_labels(mask_labels[i], objects, points, self.config.ignore_value)
+            )
+            # binary cross-entropy: softplus(x) - x * target
+            cross_entropy = (nn.functional.softplus(logits) * counted - logits * inside).sum(1)
+            cross_entropy = cross_entropy / counted.sum(1).clamp(min=1)
+            probabilities = logits.sigmoid()
+            overlap = 2 * (probabilities * inside).sum(1)
+            dice = 1 - (overlap + 1) / ((probabilities * counted).sum(1) + inside.sum(1) + 1)
+            per_prediction = per_prediction.index_add(1, prediction, torch.stack((cross_entropy, dice)))
+        if not per_prediction.requires_grad:  # nothing matched; keep the graph, so that every parameter gets a gradient
+            per_prediction = per_prediction + mask_logits.flatten(1).sum(1) * 0
+        return (per_prediction / num_masks).unbind()
 
     @torch.no_grad()
-    def sample_points(self, masks: torch.Tensor, extents: torch.Tensor) -> torch.Tensor:
-        """Random points for each mask, most of them where the prediction is uncertain (PointRend's sampling).
+    def sample_points(self, masks: torch.Tensor, extent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random points, and for each mask a choice of them: most where the prediction is uncertain (PointRend).
+
+        The masks of one image choose from the same points.
 
         Args:
-            masks: (masks, 1, height, width) logits.
-            extents: (masks, 1, 2), share of width and height to draw from.
+            masks: (masks, height, width) logits.
+            extent: (2,), share of height and width to draw from.
 
         Returns:
-            (masks, train_num_points, 2), (x, y) in the unit square.
+            (points, 2), (x, y) in the unit square, and (masks, train_num_points) int64, which of them.
         """
         config = self.config
         uncertain = int(config.importance_sample_ratio * config.train_num_points)
         candidates = int(config.oversample_ratio * config.train_num_points)
-        points = torch.rand((len(masks), candidates, 2), device=masks.device) * extents
-        logits = sample_maps(masks, points).squeeze(1)  # (masks, candidates)
-        chosen = logits.abs().topk(uncertain, dim=1, largest=False, sorted=False).indices
-        points = points.gather(1, chosen.unsqueeze(-1).expand(-1, -1, 2))
-        others = torch.rand((len(masks), config.train_num_points - uncertain, 2), device=masks.device) * extents
-        return torch.cat((points, others), dim=1)
+        others = config.train_num_points - uncertain
+        points = torch.rand((candidates + others, 2), device=masks.device) * extent.flip(0)
+        chosen = torch.arange(candidates - uncertain, candidates + others, device=masks.device).repeat(len(masks), 1)
+        parts = (in_parts(rows, candidates) for rows in (chosen, masks))
+        for chosen_part, part in zip(*parts, strict=True):
+            certainty = sample_maps(part.unsqueeze(0), points[None, :candidates])[0].abs_()  # (masks, candidates)
+            chosen_part[:, :uncertain] = certainty.topk(uncertain, dim=1, largest=False, sorted=False).indices
+        return points, chosen
 
     @staticmethod
     def mean_masks_per_rank(class_labels: list[torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -256,6 +261,12 @@ def check_labels(
         )
 
 
+def in_parts(rows: torch.Tensor, values_per_row: int) -> tuple[torch.Tensor, ...]:
+    """Cut a tensor along its first axis, so that on the CPU what is made from a part stays in the cache."""
+    on_cpu = rows.device.type == "cpu"
+    return rows.split(max(1, CPU_PART_VALUES // values_per_row)) if on_cpu else (rows,)
+
+
 def sample_maps(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """Bilinear values of (n, channels, height, width) maps at (n, points, 2) points -> (n, channels, points)."""
     return nn.functional.grid_sample(maps, 2 * points.unsqueeze(2) - 1, align_corners=False).squeeze(3)
@@ -267,26 +278,34 @@ def sample_labels(
     """Bilinear values of label masks at points, read straight from the masks: no float copy of them is made.
 
     Args:
-        mask_labels: (objects, height, width), 1 = object, 0 = not, `ignore_value` = void.
-        objects: (n,) int64, which mask each row of points belongs to.
-        points: (n or 1, points, 2), (x, y) in the unit square.
+        mask_labels: (masks, height, width), 1 = object, 0 = not, `ignore_value` = void.
+        objects: (n,) int64, which masks to read.
+        points: (points, 2), (x, y) in the unit square.
         ignore_value: the value of void pixels.
 
     Returns:
-        The values (n, points) float32, and (n, points) float32, 1 where no void pixel takes part, else 0.
+        Both (n, points) float32: the values where no void pixel takes part, else 0; and 1 there, else 0.
     """
     height, width = mask_labels.shape[-2:]
     x, y = (points * points.new_tensor([width, height]) - 0.5).unbind(-1)
     left, top = x.floor(), y.floor()
-    values = counted = None
-    for row, row_weight in ((top, 1 - (y - top)), (top + 1, y - top)):
-        for column, column_weight in ((left, 1 - (x - left)), (left + 1, x - left)):
-            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            index = (row.clamp(0, height - 1).long(), column.clamp(0, width - 1).long())
-            label = mask_labels[objects[:, None], index[0], index[1]]  # (n, points)
-            weight = row_weight * column_weight * inside
-            labelled = (label != ignore_value) | (weight == 0)
-            value = torch.where(labelled, label.to(weight.dtype), 0) * weight
-            values = value if values is None else values + value
-            counted = labelled if counted is None else counted & labelled
-    return values, counted.to(values.dtype)
+    right_share, lower_share = x - left, y - top
+    corners = []  # (pixel, weight) of the four around each point; what lies outside of the map has no weight
+    for row, row_weight in ((top, 1 - lower_share), (top + 1, lower_share)):
+        for column, column_weight in ((left, 1 - right_share), (left + 1, right_share)):
+            is_inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            pixel = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
+            corners.append((pixel, row_weight * column_weight * is_inside))
+
+    values = torch.zeros((len(objects), len(points)), device=points.device)
+    counted = torch.ones_like(values)
+    for part, values_part, counted_part in zip(
+        *(in_parts(rows, len(points)) for rows in (objects, values, counted)), strict=True
+    ):
+        labels = mask_labels.flatten(1)[part]
+        for pixel, weight in corners:
+            label = labels[:, pixel]  # (masks, points)
+            values_part += label * weight
+            counted_part *= (label != ignore_value) | (weight == 0)
+        values_part *= counted_part
+    return values, counted

@@ -37,20 +37,22 @@ def points_inside(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: 0.25 + 0.5 * rand(*size, **kwargs))
 
 
-def test_sample_labels_is_bilinear_sampling():
+def test_sample_labels_is_bilinear_sampling(monkeypatch):
     masks = (torch.rand(3, 10, 14) > 0.5).to(torch.uint8)
-    points = torch.rand(4, 50, 2)
+    points = torch.rand(50, 2)
     objects = torch.tensor([2, 0, 0, 1])
-    values, counted = sample_labels(masks, objects, points, ignore_value=255)
-    expected = sample_maps(masks[objects].float()[:, None], points)[:, 0]
-    torch.testing.assert_close(values, expected)
-    assert counted.all()
+    expected = sample_maps(masks[objects].float()[None], points[None])[0]
+    for values_at_once in (2**20, 50):  # the second: one object after the other
+        monkeypatch.setattr("proscale_hf.losses.CPU_PART_VALUES", values_at_once)
+        values, counted = sample_labels(masks, objects, points, ignore_value=255)
+        torch.testing.assert_close(values, expected)
+        assert counted.all()
 
 
 def test_points_next_to_void_do_not_count():
     masks = torch.zeros(1, 4, 4, dtype=torch.uint8)
     masks[0, :, 2:] = 255
-    points = torch.tensor([[[0.125, 0.5], [0.3, 0.5], [0.5, 0.5], [0.9, 0.5]]])
+    points = torch.tensor([[0.125, 0.5], [0.3, 0.5], [0.5, 0.5], [0.9, 0.5]])
     _, counted = sample_labels(masks, torch.tensor([0]), points, ignore_value=255)
     assert counted.tolist() == [[1.0, 1.0, 0.0, 0.0]]
 
@@ -194,7 +196,7 @@ def test_the_mean_is_over_the_points_that_count(points_inside):
 def test_void_without_weight_does_not_discard_a_point():
     masks = torch.zeros(1, 4, 4, dtype=torch.uint8)
     masks[0, :, 2:] = 255
-    exactly_on_a_pixel = torch.tensor([[[1.5 / 4, 0.5]]])  # its right neighbour is void, but has no part in it
+    exactly_on_a_pixel = torch.tensor([[1.5 / 4, 0.5]])  # its right neighbour is void, but has no part in it
     _, counted = sample_labels(masks, torch.tensor([0]), exactly_on_a_pixel, ignore_value=255)
     assert counted.tolist() == [[1.0]]
 
@@ -253,3 +255,18 @@ def test_integers_of_any_type_are_classes():
 def test_labels_that_cannot_be_right(masks, classes, message):
     with pytest.raises(ValueError, match=message):
         check_labels(masks, classes, batch=2, num_labels=4)
+
+
+def test_points_of_a_mask_are_the_uncertain_ones():
+    """Three quarters of the points lie where the logit is nearest to 0, the others anywhere in the image's part."""
+    torch.manual_seed(0)
+    loss = UniversalSegmentationLoss(tiny_config(train_num_points=400))
+    ramps = torch.linspace(-4, 4, 32).expand(2, 32, 32).clone()
+    ramps[1] = ramps[1].T.clone()
+    points, chosen = loss.sample_points(ramps, torch.tensor([1.0, 0.5]))
+    assert chosen.shape == (2, 400)
+    assert points[:, 0].max() <= 0.5 < points[:, 1].max()
+    assert all(len(row.unique()) == 400 for row in chosen)
+    x, y = points[chosen].unbind(-1)
+    assert (y[1, :300] - 0.5).abs().max() < 0.2 < (y[1, 300:] - 0.5).abs().max()
+    assert x[0, :300].min() > 0.2 > x[0, 300:].min()
