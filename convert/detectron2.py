@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.utils import is_torchvision_available
+from transformers.utils import logging
 
-import proscale_hf
 from proscale_hf import ProScaleMask2FormerConfig, ProScaleMask2FormerForUniversalSegmentation
+from proscale_hf.auto_registration import image_processor_class
 from proscale_hf.data.categories import load_categories, read_categories
 
 from . import ConversionError
@@ -72,6 +72,7 @@ def convert_checkpoint(
         raise ConversionError(f"{len(categories)} labels are given, but the checkpoint has {settings['num_labels']}.")
     if categories:
         settings["id2label"] = {label: category["name"] for label, category in enumerate(categories)}
+        settings["label2id"] = {name: label for label, name in settings["id2label"].items()}
         settings["categories"] = [dict(category) for category in categories]
         del settings["num_labels"]
     if settings["encoder"] == "proscale" and not backbone_only:
@@ -91,13 +92,8 @@ def convert_checkpoint(
         state.update({name: state[name].flip(1) for name in state if IMAGE_CONVOLUTION.fullmatch(name)})
     model = build_model(model_config, state)
 
-    processor_class = (
-        proscale_hf.ProScaleMask2FormerImageProcessor
-        if is_torchvision_available()
-        else proscale_hf.ProScaleMask2FormerImageProcessorPil
-    )
     stuff_ids = [label for label, category in enumerate(categories or ()) if not category.get("isthing", 1)]
-    return model, processor_class(label_ids_to_fuse=stuff_ids, **processor_settings)
+    return model, image_processor_class()(label_ids_to_fuse=stuff_ids, **processor_settings)
 
 
 def known_categories(config: Detectron2Config) -> list[dict[str, Any]] | None:
@@ -147,6 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = build_parser().parse_args(arguments)
+    logging.disable_progress_bar()
     try:
         run(options)
     except (ConversionError, OSError) as error:

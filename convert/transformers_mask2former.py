@@ -34,11 +34,11 @@ from transformers.utils import (
     IMAGE_PROCESSOR_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
-    is_torchvision_available,
+    cached_file,
 )
 
-import proscale_hf
 from proscale_hf import ProScaleMask2FormerConfig, ProScaleMask2FormerForUniversalSegmentation
+from proscale_hf.auto_registration import image_processor_class
 from proscale_hf.configuration_proscale_mask2former import ENCODERS, PIXEL_EMBEDDINGS, TOKEN_RECALIBRATIONS
 from proscale_hf.data.categories import CATEGORY_SETS, load_categories, read_categories
 from proscale_hf.hub import explain
@@ -144,21 +144,21 @@ def convert_model(
         raise ConversionError(f"{model} cannot become such a model: {_one_line(error)}") from error
 
     expected = expected_tensors(config)
-    taken, in_part, left_out = _take_over(source.state, expected, config.num_attention_heads)
+    state, in_part, left_out = _take_over(source.state, expected, config.num_attention_heads)
     source.state.clear()
-    new = [name for name in expected if name not in taken and name not in in_part]
+    taken = [name for name in state if name not in in_part]
+    new = [name for name in expected if name not in state]
     without_source = [name for name in new if config.encoder == "mask2former" or not name.startswith(DECODER)]
     if without_source:
         raise ConversionError(f"The weights of {model} do not fit its configuration: {_some(without_source)} missing.")
-    taken_names, names_in_part = list(taken), list(in_part)  # building the model frees the tensors
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        converted = build_model(config, taken | in_part)
+        converted = build_model(config, state)
     return Conversion(
         converted,
         _image_processor(source.processor_settings or {}, config.categories),
-        taken=taken_names,
-        in_part=names_in_part,
+        taken=taken,
+        in_part=in_part,
         new=new,
         left_out=[*left_out, *source.left_out],
         notes=notes,
@@ -184,6 +184,11 @@ def load_source(name: str) -> Source:
         model_type = values.get("model_type")
         if model_type != Mask2FormerConfig.model_type:
             raise ConversionError(f"{name} is no Mask2Former model of transformers: its model_type is {model_type!r}.")
+        if not any(_has_file(name, file) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+            raise ConversionError(
+                f"{name} has no {SAFE_WEIGHTS_NAME}. Weights in pickles (.bin) are not read; load them with "
+                "transformers, if you trust them, and save them again by `save_pretrained`."
+            )
         model, report = Mask2FormerForUniversalSegmentation.from_pretrained(
             name, use_safetensors=True, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
         )
@@ -197,21 +202,17 @@ def load_source(name: str) -> Source:
         raise ConversionError(
             f"The weights of {name} do not fit its configuration: {_some(unusable)} missing or of another shape."
         )
-    return Source(
-        model.config, model.state_dict(), _processor_settings(name, is_folder), sorted(report["unexpected_keys"])
-    )
+    return Source(model.config, model.state_dict(), _processor_settings(name), sorted(report["unexpected_keys"]))
 
 
-def _processor_settings(name: str, is_folder: bool) -> dict[str, Any] | None:
+def _processor_settings(name: str) -> dict[str, Any] | None:
     """What the model's image processor was saved with; None if it was not saved."""
-    if is_folder and not (Path(name) / IMAGE_PROCESSOR_NAME).is_file():
-        return None
     try:
+        if not _has_file(name, IMAGE_PROCESSOR_NAME):
+            return None
         return Mask2FormerImageProcessorPil.get_image_processor_dict(name)[0]
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, OSError) and not is_folder:
-            return None
-        raise ConversionError(f"{IMAGE_PROCESSOR_NAME} of {name} is damaged: {_one_line(error)}.") from error
+        raise ConversionError(f"{IMAGE_PROCESSOR_NAME} of {name} cannot be read: {_one_line(error)}.") from error
 
 
 def _check_name(name: str) -> bool:
@@ -227,12 +228,12 @@ def _check_name(name: str) -> bool:
         raise ConversionError(f"{name} is a file; give the folder that holds the model.")
     if not (folder / CONFIG_NAME).is_file():
         raise ConversionError(f"The folder {name} has no {CONFIG_NAME}; give one that `save_pretrained` wrote.")
-    if not any((folder / file).is_file() for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
-        raise ConversionError(
-            f"The folder {name} has no {SAFE_WEIGHTS_NAME}. Weights in pickles (.bin) are not read; load them with "
-            "transformers, if you trust them, and save them again by `save_pretrained`."
-        )
     return True
+
+
+def _has_file(name: str, file: str) -> bool:
+    """Whether a folder or a repository on the Hub has a file, which is downloaded then."""
+    return cached_file(name, file, _raise_exceptions_for_missing_entries=False) is not None
 
 
 def _model_settings(source: Mask2FormerConfig, notes: list[str]) -> dict[str, Any]:
@@ -282,30 +283,29 @@ def _known_set(names: Sequence[str]) -> str | None:
 
 def _take_over(
     source: Mapping[str, Tensor], expected: Mapping[str, Tensor], heads: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
-    """Tensors that are taken over, those that are in part, and names of those that are not."""
-    taken, in_part, left_out = {}, {}, []
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """The tensors that are taken over, names of those that are in part, and names of those that are not."""
+    state, in_part, left_out = {}, [], []
     for name, tensor in source.items():
         if name not in expected:
             left_out.append(name)
         elif tensor.shape == expected[name].shape:
-            taken[name] = tensor
+            state[name] = tensor
         elif OF_LEVELS.fullmatch(name):
             by_level = tensor.unflatten(0, (heads, LEVELS, -1))  # (heads, levels, points or their coordinates, ...)
             levels = len(expected[name]) * LEVELS // len(tensor)
-            in_part[name] = by_level[:, :levels].flatten(0, 2).clone()
+            state[name] = by_level[:, :levels].flatten(0, 2)
+            in_part.append(name)
         else:
             raise ConversionError(f"{name} has shape {tuple(tensor.shape)}, but needs {tuple(expected[name].shape)}.")
-    return taken, in_part, left_out
+    return state, in_part, left_out
 
 
 def _image_processor(settings: Mapping[str, Any], categories: Sequence[Mapping[str, Any]] | None) -> BaseImageProcessor:
-    backend = "" if is_torchvision_available() else "Pil"
-    processor_class = getattr(proscale_hf, f"ProScaleMask2FormerImageProcessor{backend}")
     stuff = [label for label, category in enumerate(categories or ()) if not category.get("isthing", 1)]
     carried = {name: settings[name] for name in PROCESSOR_SETTINGS if settings.get(name) is not None}
     try:
-        return processor_class(label_ids_to_fuse=stuff, **carried)
+        return image_processor_class()(label_ids_to_fuse=stuff, **carried)
     except (ValueError, TypeError) as error:
         raise ConversionError(f"{IMAGE_PROCESSOR_NAME} has impossible settings: {_one_line(error)}.") from error
 
@@ -326,7 +326,7 @@ def build_parser() -> argparse.ArgumentParser:
     defaults = ProScaleMask2FormerConfig
     parser.add_argument(
         "--encoder-stage-layers",
-        type=_whole_numbers,
+        type=stage_layers,
         metavar="P1,P2,P3",
         help="layers in the stages of the proscale encoder "
         f"(default: {','.join(map(str, defaults.encoder_stage_layers))})",
@@ -355,7 +355,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _whole_numbers(text: str) -> tuple[int, ...]:
+def stage_layers(text: str) -> tuple[int, ...]:
+    """Reads "3,3,3"."""
     return tuple(int(part) for part in text.split(","))
 
 
@@ -370,6 +371,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConversionError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -62,6 +62,14 @@ def register_image_processors(auto_module: ModuleType) -> None:
     )
 
 
+def image_processor_class() -> type:
+    """The image processor of the installed backend: torchvision's, or else Pillow's."""
+    package = sys.modules[__package__]
+    if is_torchvision_available():
+        return package.ProScaleMask2FormerImageProcessor
+    return package.ProScaleMask2FormerImageProcessorPil
+
+
 class LazyModelClass:
     """Stands for a model class of this package and loads it when anything but its name is needed.
 

@@ -28,6 +28,7 @@ from transformers import (
 from convert import ConversionError
 from convert.transformers_mask2former import convert_model, grouped, main
 from helpers import TINY_RESNET, TINY_SWIN, labels, pixels
+from hub_server import HubServer
 from proscale_hf import ProScaleMask2FormerForUniversalSegmentation, ProScaleMask2FormerImageProcessorPil
 from proscale_hf.data.categories import load_categories
 from proscale_hf.ms_deform_attn import TokenGrid
@@ -381,12 +382,12 @@ def test_ready_to_fine_tune(saved):
 
 
 def test_same_command_gives_the_same_file_and_leaves_the_generator_alone(saved, tmp_path, capsys):
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    for name in ("first", "second"):
+    for seed, name in enumerate(("first", "second")):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
         arguments = ["--model", str(saved[1]), "--output", str(tmp_path / name), "--encoder", "proscale"]
         assert main([*arguments, "--encoder-stage-layers", "3,3,3"]) == 0
-    assert torch.equal(torch.get_rng_state(), before)
+        assert torch.equal(torch.get_rng_state(), before)
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second"))
     assert first == second
     config = ProScaleMask2FormerForUniversalSegmentation.from_pretrained(tmp_path / "first").config
@@ -486,6 +487,14 @@ def test_weights_that_do_not_fit_are_refused(change, copy_of, tmp_path, capsys):
     assert "1 of the tensors, such as class_predictor.bias" in refused(copy_of, tmp_path, capsys)
 
 
+def test_parts_that_only_start_anew_are_refused(saved):
+    """Outside of the encoder nothing is new: transformers 5.17 loses such projections."""
+    with pytest.raises(ConversionError, match=r"6 of the tensors, such as .*input_projections\.0\.bias, are missing"):
+        convert_model(saved[1], enforce_input_projection=True)
+    with pytest.raises(ConversionError, match=r"input_projections\.0\.bias"):
+        proscale(saved[1], enforce_input_projection=True)
+
+
 def test_tensors_that_transformers_does_not_know_are_listed(copy_of):
     weights = copy_of / "model.safetensors"
     save_file(load_file(weights) | {"extra.weight": torch.ones(2)}, weights, metadata={"format": "pt"})
@@ -519,6 +528,39 @@ def test_names_that_are_no_model_are_refused(model, saved, tmp_path, capsys):
         assert "is a file" in refused(saved[1] / "config.json", tmp_path, capsys)
     else:
         assert f"There is no folder {model}" in refused(model, tmp_path, capsys)
+
+
+def test_models_on_the_hub(saved, tmp_path):
+    files = {path.name: path.read_bytes() for path in saved[1].iterdir()}
+    pickled = {name: content for name, content in files.items() if name != "model.safetensors"}
+    torch.save(saved[0].state_dict(), tmp_path / "weights.bin")
+    pickled["pytorch_model.bin"] = (tmp_path / "weights.bin").read_bytes()
+    script = (
+        "import sys; from convert.transformers_mask2former import main;"
+        "sys.exit(sum(main(['--model', name, '--output', sys.argv[1] + name[-1]]) for name in sys.argv[2:]))"
+    )
+    with HubServer() as hub:
+        hub.create("us/model-1", files)
+        hub.create("us/model-2", pickled)
+        hub.create("us/model-3", {name: files[name] for name in ("config.json", "model.safetensors")})
+        names = ["us/model-1", "us/model-2", "us/model-3", "us/model-4"]
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "converted"), *names],
+            cwd=Path(__file__).parents[1],
+            env=hub.environment(tmp_path / "home"),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2  # of the four
+    assert sorted(path.name for path in tmp_path.glob("converted*")) == ["converted1", "converted3"]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert "us/model-2 has no model.safetensors" in errors[0]
+    assert "us/model-4 cannot be loaded: the Hub has no such repository" in errors[1]
+    assert done.stdout.count("without image processor settings") == 1
+    ours = ProScaleMask2FormerForUniversalSegmentation.from_pretrained(tmp_path / "converted1").eval()
+    assert_same_outputs(ours, saved[0])
 
 
 def test_hub_that_cannot_be_asked_is_one_line(tmp_path, capsys, monkeypatch):

@@ -27,9 +27,10 @@ def load_model(name: str | None) -> tuple[Any, Any]:
     """
     import torch
     from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import is_torchvision_available, logging
+    from transformers.utils import logging
 
     import proscale_hf
+    from proscale_hf.auto_registration import image_processor_class
     from proscale_hf.model_names import resolve
 
     logging.set_verbosity_error()
@@ -42,8 +43,6 @@ def load_model(name: str | None) -> tuple[Any, Any]:
         _check_folder(Path(source))
     with user_errors(exit_code=2):
         resolve(source)  # says so if this is no short name, but looks like one
-    backend = "" if is_torchvision_available() else "Pil"
-    processor_class = getattr(proscale_hf, f"ProScaleMask2FormerImageProcessor{backend}")
     model_class = proscale_hf.ProScaleMask2FormerForUniversalSegmentation
     try:
         with warnings.catch_warnings():
@@ -54,7 +53,7 @@ def load_model(name: str | None) -> tuple[Any, Any]:
             model, report = model_class.from_pretrained(
                 source, config=config, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
             )
-            processor = processor_class.from_pretrained(source)
+            processor = image_processor_class().from_pretrained(source)
     except CommandError:
         raise
     except Exception as error:  # damaged files, no network, no such repository: each library has its own types
