@@ -1,4 +1,5 @@
 # make demo: install, and segment a picture.   make test: install, and run the tests.
+# make kernel: compile the deformable-attention kernel for the PyTorch of this environment.
 PYTHON ?= python3
 VENV ?= .venv
 # What pip installs as PyTorch: "torch" is the newest build; a pinned one may be smaller.
@@ -7,13 +8,24 @@ EXTRAS ?= dev
 PYTEST_ARGUMENTS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test style quality clean
+.PHONY: demo test kernel style quality clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/proscale segment examples/scene.png --output overlay.png --json segments.json
 
 test: $(VENV)/.installed-$(EXTRAS)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGUMENTS)
+
+kernel: $(VENV)/.installed-$(EXTRAS)
+	$(BIN)/python kernels/ms_deform_attn/build.py
+
+# The compiled deformable attention for this PyTorch, in kernels/ms_deform_attn/build: where PROSCALE_KERNEL_DIR may point.
+kernel: $(VENV)/.installed-$(EXTRAS)
+	$(BIN)/python kernels/ms_deform_attn/build.py
+
+test-kernel: $(VENV)/.installed-$(EXTRAS)
+	$(BIN)/python -m pip install --quiet kernels expecttest
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest kernels/ms_deform_attn/tests
 
 style: $(VENV)/.installed-$(EXTRAS)
 	$(BIN)/ruff check --fix .

@@ -2,8 +2,10 @@
 
     python kernels/ms_deform_attn/build.py
 
-gives `build/torch213-cxx11-cpu-x86_64-linux/` and the like beside this file: the same files as kernel-builder makes from
-the same `build.toml`, from this machine's compiler. Afterwards `kernels.get_local_kernel(<this folder>)` works.
+gives `build/torch213-cxx11-cpu-x86_64-linux/` and the like beside this file: what kernel-builder makes from the same
+`build.toml`, by this machine's compilers. Afterwards `kernels.get_local_kernel(<this folder>)` works. `kernels` takes
+only variants for the backend that torch is built for, so a torch for CUDA gets one of that name: with CPU code in any
+case, and CUDA code if there is an nvcc for it.
 """
 
 import argparse
@@ -114,8 +116,11 @@ class BuildError(Exception):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "build", help="folder of the variants (default: %(default)s)")
-    parser.add_argument("--cuda", choices=["auto", "no"], default="auto", help="'no': CPU code only, even if there is nvcc")
+    default = ROOT / "build"
+    parser.add_argument("--output", type=Path, default=default, help="where the variants go (default: %(default)s)")
+    parser.add_argument(
+        "--cuda", choices=["auto", "no"], default="auto", help="'no': CPU code only (default: %(default)s)"
+    )
     parser.add_argument("--portable", action="store_true", help="refuse a library that manylinux_2_28 could not load")
     parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UndefinedBehaviorSanitizer")
     arguments = parser.parse_args()
@@ -308,8 +313,10 @@ def run(command: list):
 
 def abi_complaints(library: Path) -> list[str]:
     """What keeps a library from systems that the Hub's kernels must run on: manylinux_2_28, Python's stable ABI."""
-    symbols = subprocess.run(["readelf", "--wide", "--dyn-syms", library], capture_output=True, text=True, check=True).stdout
-    dynamic = subprocess.run(["readelf", "--wide", "--dynamic", library], capture_output=True, text=True, check=True).stdout
+    symbols, dynamic = (
+        subprocess.run(["readelf", "--wide", part, library], capture_output=True, text=True, check=True).stdout
+        for part in ("--dyn-syms", "--dynamic")
+    )
     complaints = []
     for symbol in sorted(set(re.findall(r" UND (\S+)", symbols))):
         version = re.fullmatch(r"(\w+)@(\w+?)_([\d.]+)", symbol)

@@ -174,7 +174,8 @@ def test_nothing_to_do(kernel, fused, batch, queries):
     arguments = inputs.arguments(fused, torch.float32)
     output, *gradients = run(compiled, inputs, arguments)
     assert output.shape == (batch, queries, 64)
-    assert all(torch.equal(gradient, torch.zeros_like(tensor)) for gradient, tensor in zip(gradients, arguments))
+    for gradient, tensor in zip(gradients, arguments, strict=True):
+        assert torch.equal(gradient, torch.zeros_like(tensor))
 
 
 def test_views(kernel, fused):
@@ -238,7 +239,8 @@ def test_other_head_sizes_and_types_take_the_pytorch_path(kernel, fused):
     for head_dim, dtype in ((12, torch.float32), (8, torch.float64)):
         inputs = Inputs([(6, 5), (3, 3)], head_dim=head_dim)
         arguments = inputs.arguments(fused, dtype)
-        assert torch.equal(compiled(arguments[0], inputs.shapes, *arguments[1:]), plain(arguments[0], inputs.shapes, *arguments[1:]))
+        result, expected = (function(arguments[0], inputs.shapes, *arguments[1:]) for function in (compiled, plain))
+        assert torch.equal(result, expected)
 
 
 def test_gradcheck_of_the_plain_path(kernel, fused):

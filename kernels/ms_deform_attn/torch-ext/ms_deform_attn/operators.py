@@ -178,7 +178,5 @@ def _refuse_twice(ctx, *gradients):
 
 
 for _name, _derivative in (("ms_deform_attn", _backward), ("fused_ms_deform_attn", _fused_backward)):
-    torch.library.register_autograd(
-        add_op_namespace_prefix(f"{_name}_forward"), _derivative, setup_context=_save
-    )
+    torch.library.register_autograd(add_op_namespace_prefix(f"{_name}_forward"), _derivative, setup_context=_save)
     torch.library.register_autograd(add_op_namespace_prefix(f"{_name}_backward"), _refuse_twice)
