@@ -6,6 +6,7 @@ VENV ?= .venv
 TORCH ?= torch
 EXTRAS ?= dev
 PYTEST_ARGUMENTS ?=
+KERNEL_ARGUMENTS ?=
 BIN := $(VENV)/bin
 
 .PHONY: demo test kernel style quality clean
@@ -16,16 +17,9 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-$(EXTRAS)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGUMENTS)
 
-kernel: $(VENV)/.installed-$(EXTRAS)
-	$(BIN)/python kernels/ms_deform_attn/build.py
-
 # The compiled deformable attention for this PyTorch, in kernels/ms_deform_attn/build: where PROSCALE_KERNEL_DIR may point.
 kernel: $(VENV)/.installed-$(EXTRAS)
-	$(BIN)/python kernels/ms_deform_attn/build.py
-
-test-kernel: $(VENV)/.installed-$(EXTRAS)
-	$(BIN)/python -m pip install --quiet kernels expecttest
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest kernels/ms_deform_attn/tests
+	$(BIN)/python kernels/ms_deform_attn/build.py $(KERNEL_ARGUMENTS)
 
 style: $(VENV)/.installed-$(EXTRAS)
 	$(BIN)/ruff check --fix .

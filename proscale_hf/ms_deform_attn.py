@@ -60,6 +60,7 @@ class MultiScaleDeformableAttention(nn.Module):
 
         sizes = value_spatial_shapes.flip(-1)[:, None]  # (levels, 1, 2): width, height
         pixels = (sampling_locations.to(accumulate) * sizes - 0.5).clamp(min=-1).minimum(sizes)
+        pixels = pixels.nan_to_num(nan=-1.0)  # outside, as in the compiled kernels
         corners = pixels.floor()
         right, lower = (pixels - corners).unbind(-1)  # (batch, queries, heads, levels, points) each
         left_weights, right_weights = attention_weights * (1 - right), attention_weights * right
@@ -68,8 +69,7 @@ class MultiScaleDeformableAttention(nn.Module):
         )
 
         # Each head of each token is a row of one table, and all that a query's head samples is one bag of rows.
-        # NaN has no corner; its weights are NaN already.
-        x, y = (corners.nan_to_num() + BORDER_BEFORE).to(torch.int64).unbind(-1)
+        x, y = (corners + BORDER_BEFORE).to(torch.int64).unbind(-1)
         starts = list(itertools.accumulate((height * width for height, width in shapes), initial=0))[:-1]
         widths = value_spatial_shapes[:, 1:] + BORDER_BEFORE + BORDER_AFTER  # (levels, 1)
         first_tokens = torch.arange(batch, device=value.device)[:, None] * tokens + widths.new_tensor(starts)

@@ -66,6 +66,17 @@ def test_values(shapes, dtype, precision):
     torch.testing.assert_close(output.double(), written_out(*inputs, shapes), rtol=precision, atol=1e-5)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_impossible_locations_add_nothing(wrong):
+    value, locations, weights = random_inputs(SHAPES)
+    locations[0, 2, 1, :, 0] = wrong
+    without = weights.clone()
+    without[0, 2, 1, :, 0] = 0
+    torch.testing.assert_close(
+        run(value, locations, weights, SHAPES), run(value, locations.nan_to_num(0, 0, 0), without, SHAPES)
+    )
+
+
 def test_gradients():
     inputs = [tensor.requires_grad_() for tensor in random_inputs(SHAPES[:2], queries=2)]
     assert torch.autograd.gradcheck(lambda *arguments: run(*arguments, SHAPES[:2]), inputs)
