@@ -314,6 +314,6 @@ def tokens_to_maps(tokens: torch.Tensor, spatial_shapes: list[tuple[int, int]]) 
     """The inverse of [`maps_to_tokens`]."""
     parts = tokens.split([height * width for height, width in spatial_shapes], dim=1)
     return [
-        part.transpose(1, 2).unflatten(2, shape)  # (batch, channels, height, width)
+        part.unflatten(1, shape).movedim(-1, 1)  # (batch, channels, height, width)
         for part, shape in zip(parts, spatial_shapes, strict=True)
     ]
