@@ -1,6 +1,9 @@
 """Which kernel runs deformable attention: what is tried, in which order, and what happens when nothing can be had."""
 
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ from proscale_hf import deformable_attention_kernel as kernel
 from proscale_hf.ms_deform_attn import FusedMultiScaleDeformableAttention, MultiScaleDeformableAttention
 
 
-KERNEL_FOLDER = Path(__file__).parents[1] / "kernels" / "ms_deform_attn"
+ROOT = Path(__file__).parents[1]
+KERNEL_FOLDER = ROOT / "kernels" / "ms_deform_attn"
 needs_library = pytest.mark.skipif(kernel.kernelize is None, reason="kernels is not installed")
 
 
@@ -141,6 +145,53 @@ def test_the_built_kernel_gives_what_pytorch_gives(monkeypatch):
     for (name, parameter), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
         if "pixel_level_module.decoder.encoder" in name:
             torch.testing.assert_close(parameter.grad, expected.grad, atol=1e-5, rtol=1e-3)
+
+
+FROM_THE_HUB = """
+import logging
+import torch
+logging.basicConfig(level=logging.INFO)
+from helpers import pixels, tiny_model
+model = tiny_model()
+with torch.no_grad():
+    expected = model(pixels()).masks_queries_logits
+    model.set_use_kernels(True)
+    found = model(pixels()).masks_queries_logits
+print(model.deformable_attention_backend, float((found - expected).abs().max()) < 1e-3)
+"""
+
+
+def run_with(environment):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", FROM_THE_HUB], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result
+
+
+@needs_library
+@pytest.mark.slow
+@pytest.mark.skipif(not list(KERNEL_FOLDER.glob("build/torch*")), reason="the kernel is not built: make kernel")
+def test_from_the_hub(tmp_path):
+    """Downloaded from a server over HTTP, used again offline, and PyTorch with one line where there is none."""
+    from hub_server import HubServer
+
+    files = {
+        str(path.relative_to(KERNEL_FOLDER)): path.read_bytes()
+        for path in KERNEL_FOLDER.glob("build/**/*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    with HubServer() as hub:
+        missing = run_with(hub.environment(tmp_path / "empty"))
+        assert missing.stdout == "pytorch True\n"
+        assert missing.stderr.count("Deformable attention runs in PyTorch: no kernel could be loaded") == 1
+        hub.create(kernel.HUB_REPOSITORY, files, type="kernel")
+        hub.commit(kernel.HUB_REPOSITORY, files, type="kernel", branch=f"v{kernel.HUB_VERSION}")
+        found = run_with(hub.environment(tmp_path / "home"))
+        assert found.stdout == f"{kernel.HUB_REPOSITORY} True\n", found.stderr
+        assert found.stderr.count("Deformable attention runs in the kernel") == 1
+    offline = run_with(hub.environment(tmp_path / "home", HF_HUB_OFFLINE="1"))
+    assert offline.stdout == f"{kernel.HUB_REPOSITORY} True\n", offline.stderr
 
 
 def test_the_layers_agree():
