@@ -173,7 +173,7 @@ def run_with(environment):
 @pytest.mark.slow
 @pytest.mark.skipif(not list(KERNEL_FOLDER.glob("build/torch*")), reason="the kernel is not built: make kernel")
 def test_from_the_hub(tmp_path):
-    """Downloaded from a server over HTTP, used again offline, and PyTorch with one line where there is none."""
+    """Downloaded from a server over HTTP; PyTorch, with one line that says so, where there is none."""
     from hub_server import HubServer
 
     files = {
@@ -190,8 +190,6 @@ def test_from_the_hub(tmp_path):
         found = run_with(hub.environment(tmp_path / "home"))
         assert found.stdout == f"{kernel.HUB_REPOSITORY} True\n", found.stderr
         assert found.stderr.count("Deformable attention runs in the kernel") == 1
-    offline = run_with(hub.environment(tmp_path / "home", HF_HUB_OFFLINE="1"))
-    assert offline.stdout == f"{kernel.HUB_REPOSITORY} True\n", offline.stderr
 
 
 def test_the_layers_agree():
