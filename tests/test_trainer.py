@@ -126,7 +126,7 @@ def test_training_changes_the_weights_and_a_checkpoint_keeps_them(processor, tmp
 
     reloaded = ProScaleMask2FormerForUniversalSegmentation.from_pretrained(tmp_path / "checkpoint-3")
     batch = next(iter(trainer.get_eval_dataloader()))
-    torch.testing.assert_close(logits_of(reloaded, batch), logits_of(trainer.model, batch), rtol=0, atol=0)
+    torch.testing.assert_close(logits_of(reloaded, batch), logits_of(trainer.model, batch), rtol=0, atol=1e-5)
     saved = ProScaleMask2FormerImageProcessorPil.from_pretrained(tmp_path / "checkpoint-3")
     assert saved.to_dict() == processor.to_dict()
 
