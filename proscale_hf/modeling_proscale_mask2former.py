@@ -45,7 +45,8 @@ class ProScaleMask2FormerModelOutput(ModelOutput):
         transformer_decoder_hidden_states: the queries before the first and after each layer, (batch, queries,
             hidden_dim) each; with `output_hidden_states`.
         query_states: the normalised queries behind each prediction, first to last; with `output_predictions`.
-        mask_embeddings: what gives each prediction's masks; with `output_predictions`.
+        prediction_masks: (predictions, batch, queries, height / 4, width / 4), the masks of each prediction, first to
+            last; with `output_predictions`.
         attentions: self-attention weights per layer, (batch, heads, queries, queries); with `output_attentions`.
         cross_attentions: cross-attention weights per layer, (batch, heads, queries, tokens); with `output_attentions`.
     """
@@ -58,7 +59,7 @@ class ProScaleMask2FormerModelOutput(ModelOutput):
     pixel_decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
     transformer_decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
     query_states: tuple[torch.Tensor, ...] | None = None
-    mask_embeddings: tuple[torch.Tensor, ...] | None = None
+    prediction_masks: torch.Tensor | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -294,16 +295,18 @@ class ProScaleMask2FormerModel(ProScaleMask2FormerPreTrainedModel):
             None if valid_sizes is None else [-(-valid_sizes // stride) for stride in config.encoder_strides],
             output_attentions,
         )
+        predictions = decoded.mask_embeddings if output_predictions else decoded.mask_embeddings[-1:]
+        masks = predict_masks(torch.stack(predictions), pixels.mask_features)
         output = ProScaleMask2FormerModelOutput(
             transformer_decoder_last_hidden_state=decoded.query_states[-1],
             pixel_decoder_last_hidden_state=pixels.mask_features,
             encoder_last_hidden_state=pixels.backbone_maps[-1],
-            masks_queries_logits=predict_masks(decoded.mask_embeddings[-1][None], pixels.mask_features)[0],
+            masks_queries_logits=masks[-1],
             encoder_hidden_states=pixels.backbone_maps if output_hidden_states else None,
             pixel_decoder_hidden_states=pixels.multi_scale_features if output_hidden_states else None,
             transformer_decoder_hidden_states=decoded.hidden_states if output_hidden_states else None,
             query_states=decoded.query_states if output_predictions else None,
-            mask_embeddings=decoded.mask_embeddings if output_predictions else None,
+            prediction_masks=masks if output_predictions else None,
             attentions=decoded.attentions,
             cross_attentions=decoded.cross_attentions,
         )
@@ -383,10 +386,7 @@ class ProScaleMask2FormerForUniversalSegmentation(ProScaleMask2FormerPreTrainedM
         )
         if train_all or output_auxiliary_logits:
             class_logits = self.class_predictor(torch.stack(outputs.query_states))
-            earlier_masks = predict_masks(
-                torch.stack(outputs.mask_embeddings[:-1]), outputs.pixel_decoder_last_hidden_state
-            )
-            mask_logits = torch.cat((earlier_masks, outputs.masks_queries_logits[None]))
+            mask_logits = outputs.prediction_masks
         else:
             class_logits = self.class_predictor(outputs.transformer_decoder_last_hidden_state)[None]
             mask_logits = outputs.masks_queries_logits[None]
