@@ -7,7 +7,6 @@ table, and the sum over all points of a query's head is one `embedding_bag`. Sam
 float32 whatever the weights' type: in bfloat16 a location would be off by up to a pixel.
 """
 
-import itertools
 import math
 from typing import NamedTuple
 
@@ -70,7 +69,8 @@ class MultiScaleDeformableAttention(nn.Module):
 
         # Each head of each token is a row of one table, and all that a query's head samples is one bag of rows.
         x, y = (corners + BORDER_BEFORE).to(torch.int64).unbind(-1)
-        starts = list(itertools.accumulate((height * width for height, width in shapes), initial=0))[:-1]
+        lengths = [height * width for height, width in shapes]
+        starts = [sum(lengths[:level]) for level in range(len(lengths))]
         widths = value_spatial_shapes[:, 1:] + BORDER_BEFORE + BORDER_AFTER  # (levels, 1)
         first_tokens = torch.arange(batch, device=value.device)[:, None] * tokens + widths.new_tensor(starts)
         upper_left = first_tokens[:, None, None, :, None] + y * widths + x
