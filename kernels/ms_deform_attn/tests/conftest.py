@@ -1,6 +1,8 @@
 """The kernel as `kernels` loads it from the local folder, built first where sources are newer."""
 
 import importlib.util
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,6 +19,13 @@ def load_module(name: str, path: Path):
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiler():
+    """Without one there is nothing to test."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("there is no C++ compiler")
 
 
 @pytest.fixture(scope="session")
