@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.utils import logging
 
 from proscale_hf import ProScaleMask2FormerConfig, ProScaleMask2FormerForUniversalSegmentation
 from proscale_hf.auto_registration import image_processor_class
-from proscale_hf.data.categories import load_categories, read_categories
+from proscale_hf.data.categories import load_categories
 
 from . import ConversionError
 from .backbone import check_training_conditions, rename_backbone
+from .command_line import add_output_options, given_categories, run_command
 from .detectron2_config import (
     Detectron2Config,
     dataset_of,
@@ -108,14 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m convert.detectron2", description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True, help="the YAML file it was trained with")
     parser.add_argument("--checkpoint", type=Path, required=True, help="the .pth or .pkl file")
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write, new or empty")
-    parser.add_argument(
-        "--labels",
-        type=Path,
-        metavar="FILE.json",
-        help="the classes: COCO-panoptic categories, or a list of names (known for COCO, ADE20K, Cityscapes and "
-        "Mapillary Vistas)",
-    )
+    add_output_options(parser)
     parser.add_argument(
         "--backbone-only",
         action="store_true",
@@ -133,25 +126,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tolerance", type=float, default=1e-4, help="largest error for --expected, relative (default: %(default)s)"
     )
-    parser.add_argument(
-        "--max-shard-size", default="50GB", metavar="SIZE", help="split weights into files of this size, 5GB say"
-    )
     add_publishing_options(parser)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options = build_parser().parse_args(arguments)
-    logging.disable_progress_bar()
-    try:
-        run(options)
-    except (ConversionError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_command(run, build_parser().parse_args(arguments))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -162,11 +143,9 @@ def run(options: argparse.Namespace) -> None:
     for path in (options.verify, options.expected):
         if path is not None and not path.is_file():
             raise ConversionError(f"There is no file {path}.")
-    try:
-        categories = None if options.labels is None else read_categories(options.labels)
-    except ValueError as error:
-        raise ConversionError(str(error)) from error
-    model, image_processor = convert_checkpoint(options.config, options.checkpoint, categories, options.backbone_only)
+    model, image_processor = convert_checkpoint(
+        options.config, options.checkpoint, given_categories(options), options.backbone_only
+    )
     check_publishing(options, model.config)
     if options.expected is not None:
         print(compare_with_recorded(model, image_processor, options.expected, options.tolerance))

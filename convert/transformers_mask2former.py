@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 from transformers import (
@@ -26,7 +25,6 @@ from transformers import (
     Mask2FormerForUniversalSegmentation,
     Mask2FormerImageProcessorPil,
     PreTrainedConfig,
-    logging,
 )
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import (
@@ -40,10 +38,11 @@ from transformers.utils import (
 from proscale_hf import ProScaleMask2FormerConfig, ProScaleMask2FormerForUniversalSegmentation
 from proscale_hf.auto_registration import image_processor_class
 from proscale_hf.configuration_proscale_mask2former import ENCODERS, PIXEL_EMBEDDINGS, TOKEN_RECALIBRATIONS
-from proscale_hf.data.categories import CATEGORY_SETS, load_categories, read_categories
+from proscale_hf.data.categories import CATEGORY_SETS, load_categories
 from proscale_hf.hub import explain
 
 from . import ConversionError
+from .command_line import add_output_options, given_categories, run_command
 from .model_building import build_model, expected_tensors
 from .output import check_output, check_shard_size, write_model_folder
 
@@ -316,7 +315,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m convert.transformers_mask2former", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--model", required=True, metavar="FOLDER-OR-ID", help="a folder, or an id on the Hub")
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write, new or empty")
+    add_output_options(parser)
     parser.add_argument(
         "--encoder",
         choices=ENCODERS,
@@ -342,16 +341,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="with the proscale encoder; conv keeps Mask2Former's convolution and its weights "
         f"(default: {defaults.pixel_embedding})",
     )
-    parser.add_argument(
-        "--labels",
-        type=Path,
-        metavar="FILE.json",
-        help="the classes: COCO-panoptic categories, or a list of names (known for COCO, ADE20K, Cityscapes and "
-        "Mapillary Vistas)",
-    )
-    parser.add_argument(
-        "--max-shard-size", default="50GB", metavar="SIZE", help="split weights into files of this size, 5GB say"
-    )
     return parser
 
 
@@ -362,18 +351,7 @@ def stage_layers(text: str) -> tuple[int, ...]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options = build_parser().parse_args(arguments)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()
-    try:
-        run(options)
-    except (ConversionError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_command(run, build_parser().parse_args(arguments))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -381,11 +359,7 @@ def run(options: argparse.Namespace) -> None:
     check_output(options.output)
     check_shard_size(options.max_shard_size)
     settings = _encoder_settings(options)
-    try:
-        categories = None if options.labels is None else read_categories(options.labels)
-    except ValueError as error:
-        raise ConversionError(str(error)) from error
-    conversion = convert_model(options.model, categories, **settings)
+    conversion = convert_model(options.model, given_categories(options), **settings)
     write_model_folder(conversion.model, conversion.image_processor, options.output, options.max_shard_size)
     print(summary(conversion, options.output))
 
