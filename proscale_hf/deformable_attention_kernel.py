@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .model_names import HUB_NAMESPACE
+
 
 try:
     from kernels import (
@@ -30,7 +32,7 @@ except ImportError:  # also where a folder of that name, and not the library, is
 
 FUSED_LAYER = "FusedMultiScaleDeformableAttention"
 LAYER = "MultiScaleDeformableAttention"
-HUB_REPOSITORY, HUB_VERSION = "proscale-hf/ms-deform-attn", 1
+HUB_REPOSITORY, HUB_VERSION = f"{HUB_NAMESPACE}/ms-deform-attn", 1
 DEFAULT_REPOSITORY, DEFAULT_VERSION = "kernels-community/deformable-detr", 1  # transformers' own choice
 FOLDER_VARIABLE = "PROSCALE_KERNEL_DIR"
 PYTORCH = "pytorch"
@@ -43,14 +45,13 @@ def replaceable(layer_name: str) -> Any:
     return (lambda layer: layer) if kernelize is None else use_kernel_forward_from_hub(layer_name)
 
 
-def use_kernel(model: nn.Module, device: torch.device, training: bool, kernel_config: Any = None) -> str:
+def use_kernel(model: nn.Module, device: torch.device, kernel_config: Any = None) -> str:
     """
     Give every deformable attention in a model the first kernel that can be had, and log which one that is.
 
     Args:
         model: holds the layers.
         device: where it runs.
-        training: whether gradients are wanted.
         kernel_config: transformers' `KernelConfig`, whose `kernel_mapping` may name a kernel for these layers:
             `{"FusedMultiScaleDeformableAttention": "/path/or/repo:FusedMultiScaleDeformableAttention"}`.
 
@@ -64,16 +65,16 @@ def use_kernel(model: nn.Module, device: torch.device, training: bool, kernel_co
     if kernelize is None:
         raise ImportError('`use_kernels=True` needs the library `kernels`: pip install "transformers[kernels]"')
     device_type = "rocm" if device.type == "cuda" and torch.version.hip else device.type
-    mode = Mode.TRAINING if training else Mode.INFERENCE
     failures = []
     for name, layers in candidates(device_type, kernel_config):
         try:
             for repository in layers.values():
-                repository.load()
+                if not getattr(repository.load(), "has_backward", True):
+                    raise ValueError("it has no backward pass")
             mapping = {layer: {device_type: repository} for layer, repository in layers.items()}
             with use_kernel_mapping(mapping, inherit_mapping=False):
                 for module in modules_named(model, FUSED_LAYER if FUSED_LAYER in layers else LAYER):
-                    kernelize(module, mode=mode, device=device_type)
+                    kernelize(module, mode=Mode.TRAINING, device=device_type)
         except Exception as error:  # no network, no such repository, no build for this PyTorch: each has its own type
             failures.append(f"{name}: {next(iter(str(error).strip().splitlines()), type(error).__name__)}")
         else:

@@ -179,14 +179,16 @@ class ProScaleMask2FormerPreTrainedModel(PreTrainedModel):
         use_kernels=True)` ends here.
 
         Args:
-            use_kernels: load a kernel. What was loaded before stays in any case.
+            use_kernels: load a kernel, unless one is in use on this device. What was loaded before stays in any case.
             kernel_config: transformers' `KernelConfig`, to name a kernel.
-            mode: accepted as transformers gives it; the model's own mode counts, and every kernel trains.
+            mode: accepted as transformers gives it; the same kernel serves training and inference.
         """
-        if use_kernels:
-            self.kernel_config = kernel_config or self.kernel_config  # for changes between training and evaluation
-            self.deformable_attention_backend = use_kernel(self, self.device, self.training, self.kernel_config)
-        self._use_kernels = use_kernels
+        is_in_place = self.use_kernels and self._kernel_device == self.device
+        if use_kernels and (kernel_config is not None or not is_in_place):
+            self.deformable_attention_backend = use_kernel(self, self.device, kernel_config)
+            self._kernel_device = self.device
+        # transformers asks again whenever training begins or ends; for nothing, if nothing could be loaded
+        self._use_kernels = use_kernels and self.deformable_attention_backend != PYTORCH
 
     def pad_to_stride(self, batch: torch.Tensor) -> torch.Tensor:
         """Pad (..., height, width) with 0 at the bottom and right to multiples of the largest feature stride."""

@@ -82,8 +82,9 @@ def test_the_first_that_loads_is_taken(monkeypatch, caplog):
     given = torch.ones(1, 6, 2, 8), None, [(2, 3)], None, None, torch.zeros(1, 5, 2, 1, 4, 2), None
     assert torch.equal(layer(*given), torch.zeros(1, 5, 16))
     assert not torch.equal(model(pixels()).masks_queries_logits, before)
-    model.train()  # loads the training mode's kernel, from the same place
-    assert model.deformable_attention_backend == "good"
+    offered.clear()
+    model.train().eval()  # transformers asks for kernels again; the one in place serves both
+    assert model.use_kernels and model.deformable_attention_backend == "good"
 
 
 @needs_library
@@ -96,11 +97,22 @@ def test_if_nothing_loads_pytorch_stays_and_one_line_says_why(monkeypatch, caplo
     with caplog.at_level(logging.WARNING):
         monkeypatch.setattr(kernel, "logger", logging.getLogger("kernel-test"))
         model.set_use_kernels(True)
-    assert model.deformable_attention_backend == "pytorch"
+    monkeypatch.setattr(kernel, "candidates", None)  # nobody asks again
+    model.train().eval()
+    assert model.deformable_attention_backend == "pytorch" and not model.use_kernels
     assert [record.getMessage() for record in caplog.records] == [
         "Deformable attention runs in PyTorch: no kernel could be loaded (some/repo: no build for this PyTorch)."
     ]
     assert torch.equal(model(pixels()).masks_queries_logits, before)
+
+
+@needs_library
+def test_a_kernel_that_cannot_train_is_passed_over(monkeypatch):
+    layer = type("Zeros", (Zeros,), {"has_backward": False})
+    monkeypatch.setattr(kernel, "candidates", lambda *_: iter([("one-way", {kernel.FUSED_LAYER: Repository(layer)})]))
+    model = tiny_model()
+    model.set_use_kernels(True)
+    assert model.deformable_attention_backend == "pytorch"
 
 
 @needs_library
