@@ -88,3 +88,13 @@ def test_named_files_and_classes_exist(page):
     for name in re.findall(r"`([A-Z]\w*[a-z]\w*)`", text):
         known = re.search(rf"\b{name}\b", sources)
         assert known or name in ("Trainer", "TrainingArguments", "Mask2FormerForUniversalSegmentation"), name
+
+
+def test_the_readme_has_the_numbers_of_the_performance_page():
+    """Each row of the README's table on speed: seconds and megabytes stand together on the page, too."""
+    table = (ROOT / "README.md").read_text().partition("## How fast it is")[2].partition("## ")[0]
+    numbers = re.findall(r"\| ([\d.]+ s) \| (\d+ MB) \|", table)
+    rows = (ROOT / "docs" / "performance.md").read_text().splitlines()
+    assert len(numbers) == 3
+    for seconds, megabytes in numbers:
+        assert any(f"| {seconds} |" in row and f"| {megabytes} |" in row for row in rows), seconds

@@ -21,9 +21,9 @@ def to_markdown(measurements: Sequence[Measurement], workload: Workload, command
     Returns:
         Machine, versions, command, and one row for each model.
     """
-    stages = [name for name in {stage: None for m in measurements for stage in m.stages} if name != "forward/"]
+    stages = list(dict.fromkeys(stage for m in measurements for stage in m.stages))
     reference = measurements[-1]
-    header = ["model", "median", "spread", "ratio", "memory", "ratio", *stages]
+    header = ["model", "median", "spread", "speed", "peak memory", "of the last", *stages]
     rows = []
     for m in measurements:
         parts = [f"{statistics.median(m.stages[name]):.3f}" if name in m.stages else "" for name in stages]
