@@ -271,6 +271,7 @@ def peak_memory(device: str, wanted: bool) -> Iterator[Peak]:
         yield peak
         done.set()
         sampler.join()
+        peak.value = max(peak.value, resident_memory() - before)
 
 
 def resident_memory() -> int:
