@@ -9,7 +9,7 @@ import torch
 
 from proscale_hf.benchmarking.comparison import Measurement, compare
 from proscale_hf.benchmarking.tables import to_json, to_markdown
-from proscale_hf.benchmarking.worker import Step, confident_class_logits, peak_memory, random_objects
+from proscale_hf.benchmarking.worker import Step, confident_class_logits, random_objects
 from proscale_hf.benchmarking.workload import Candidate, Workload
 from proscale_hf.cli import main
 
