@@ -1,16 +1,21 @@
 """Matching and losses of Mask2Former (https://arxiv.org/abs/2112.01527, section 3.3), for all predictions at once.
 
-Masks are compared at random points only. Void pixels (`ignore_value` in `mask_labels`) count in neither matching nor
-loss: a point counts if all four pixels around it are labelled. With `mask_padding`, points lie in the image alone.
-Everything is computed in float32, and the costs of all predictions and images go to the host in one transfer.
+Masks are compared at random points only, where the labels are read from packed masks (`packed_masks.py`). Void pixels
+count in neither matching nor loss: a point counts if all four pixels around it are labelled. With `mask_padding`,
+points lie in the image alone. Everything is computed in float32, and the costs of all predictions and images go to the
+host in one transfer. With several processes, all divide by the same totals, so that the mean of their gradients is the
+gradient of the joint batch.
 """
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import nn
+from transformers.utils import logging
 
 from .configuration_proscale_mask2former import ProScaleMask2FormerConfig
 
+
+logger = logging.get_logger(__name__)
 
 CPU_PART_VALUES = 2**20  # float32 values of a mask's points that are worked on at once
 UNMATCHABLE = 1e6  # cost in place of a NaN or an infinity: matched last, but never infeasible
@@ -21,11 +26,15 @@ class UniversalSegmentationLoss(nn.Module):
 
     Args:
         config: the model's configuration.
+
+    Attributes:
+        non_finite_costs: how many matching costs were NaN or infinite so far, in this process.
     """
 
     def __init__(self, config: ProScaleMask2FormerConfig):
         super().__init__()
         self.config = config
+        self.non_finite_costs = 0
         self.register_buffer("empty_weight", self.initial_empty_weight())
 
     def initial_empty_weight(self) -> torch.Tensor:
@@ -38,7 +47,7 @@ class UniversalSegmentationLoss(nn.Module):
         self,
         class_logits: torch.Tensor,
         mask_logits: torch.Tensor,
-        mask_labels: list[torch.Tensor],
+        packed_masks: list[torch.Tensor],
         class_labels: list[torch.Tensor],
         image_extents: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
@@ -46,8 +55,8 @@ class UniversalSegmentationLoss(nn.Module):
         Args:
             class_logits: (predictions, batch, queries, num_labels + 1).
             mask_logits: (predictions, batch, queries, height, width).
-            mask_labels: per image (objects, H, W), 1 = object, 0 = not, `ignore_value` = void.
-            class_labels: per image (objects,) int64.
+            packed_masks: per image (planes, H, W) uint8, the objects' masks as `packed_masks.py` packs them.
+            class_labels: per image (objects,) integers.
             image_extents: (batch, 2), share of the height and width that is image; everything if None.
 
         Returns:
@@ -55,22 +64,22 @@ class UniversalSegmentationLoss(nn.Module):
             earlier ones with `_0`, `_1`, ... behind the name.
 
         Raises:
-            ValueError: labels that do not fit the batch, each other, or the number of classes.
+            ValueError: a class that the model does not have.
         """
-        batch = class_logits.shape[1]
-        check_labels(mask_labels, class_labels, batch, self.config.num_labels)
         device = class_logits.device
-        mask_labels = [masks.to(device) for masks in mask_labels]
+        packed_masks = [planes.to(device) for planes in packed_masks]
         class_labels = [classes.to(device, torch.int64) for classes in class_labels]
         if image_extents is None:
-            image_extents = torch.ones((batch, 2), device=device)
+            image_extents = torch.ones((len(class_labels), 2), device=device)
 
         with torch.autocast(device_type=device.type, enabled=False):
             class_logits, mask_logits = class_logits.float(), mask_logits.float()
-            matches = self.match(class_logits, mask_logits, mask_labels, class_labels, image_extents)
-            num_masks = self.mean_masks_per_rank(class_labels, device)
-            cross_entropy = self.class_loss(class_logits, class_labels, matches)
-            mask, dice = self.mask_losses(mask_logits, mask_labels, matches, image_extents, num_masks)
+            matches = self.match(class_logits, mask_logits, packed_masks, class_labels, image_extents)
+            targets = self.class_targets(class_logits, class_labels, matches)
+            weight = self.empty_weight.float()[targets].flatten(1).sum(1)
+            num_masks, weight = totals_per_process(sum(map(len, class_labels)), weight)
+            cross_entropy = self.class_loss(class_logits, targets) / weight
+            mask, dice = self.mask_losses(mask_logits, packed_masks, class_labels, matches, image_extents) / num_masks
         terms = {"loss_cross_entropy": cross_entropy, "loss_mask": mask, "loss_dice": dice}
         last = class_logits.shape[0] - 1
         losses = {name: values[last] for name, values in terms.items()}
@@ -82,7 +91,7 @@ class UniversalSegmentationLoss(nn.Module):
         self,
         class_logits: torch.Tensor,
         mask_logits: torch.Tensor,
-        mask_labels: list[torch.Tensor],
+        packed_masks: list[torch.Tensor],
         class_labels: list[torch.Tensor],
         image_extents: torch.Tensor,
     ) -> list[torch.Tensor]:
@@ -90,27 +99,61 @@ class UniversalSegmentationLoss(nn.Module):
 
         Returns:
             Per image (3, matches) int64: prediction, query and object of each match.
+
+        Raises:
+            ValueError: a class that the model does not have.
         """
         costs = [
-            self.matching_cost(class_logits[:, i], mask_logits[:, i], mask_labels[i], class_labels[i], image_extents[i])
+            self.matching_cost(
+                class_logits[:, i], mask_logits[:, i], packed_masks[i], class_labels[i], image_extents[i]
+            )
             for i in range(class_logits.shape[1])
         ]
-        on_host = torch.cat([cost.flatten() for cost in costs]).cpu()
+        classes = torch.cat(class_labels)  # checked on the host, so they travel along
+        on_host = torch.cat([*(cost.flatten() for cost in costs), classes.float()]).cpu()
+        all_costs, classes = on_host.tensor_split([len(on_host) - len(classes)])
+        self.check_classes(classes)
+        self.replace_non_finite(all_costs)
         matches = []
-        for cost, flat in zip(costs, on_host.split([cost.numel() for cost in costs]), strict=True):
+        for cost, flat in zip(costs, all_costs.split([cost.numel() for cost in costs]), strict=True):
             triples = [
                 torch.stack((torch.full((len(queries),), prediction), *map(torch.as_tensor, (queries, objects))))
                 for prediction, matrix in enumerate(flat.view(cost.shape).numpy())
                 for queries, objects in [linear_sum_assignment(matrix)]
             ]
-            matches.append(torch.cat(triples, dim=1).to(class_logits.device))
-        return matches
+            matches.append(torch.cat(triples, dim=1))
+        return list(torch.cat(matches, dim=1).to(class_logits.device).split([m.shape[1] for m in matches], dim=1))
+
+    def check_classes(self, classes: torch.Tensor) -> None:
+        """Refuse classes that the model does not have.
+
+        Raises:
+            ValueError: see there.
+        """
+        num_labels = self.config.num_labels
+        wrong = classes[(classes < 0) | (classes >= num_labels)].int().unique().tolist()
+        if wrong:
+            raise ValueError(
+                f"`class_labels` holds {wrong}, but this model has classes 0 to {num_labels - 1}; "
+                "check `num_labels` or `id2label` of its configuration."
+            )
+
+    def replace_non_finite(self, costs: torch.Tensor) -> None:
+        """Give costs that are NaN or infinite the value `UNMATCHABLE`, in place; count them, and warn of the first."""
+        non_finite = costs.numel() - int(costs.isfinite().sum())
+        if non_finite and not self.non_finite_costs:
+            logger.warning(
+                f"{non_finite} of {costs.numel()} matching costs are NaN or infinite: the predictions are, or float32 "
+                "overflows; these queries are matched last. `criterion.non_finite_costs` goes on counting."
+            )
+        self.non_finite_costs += non_finite
+        costs.nan_to_num_(nan=UNMATCHABLE, posinf=UNMATCHABLE, neginf=UNMATCHABLE)
 
     def matching_cost(
         self,
         class_logits: torch.Tensor,
         mask_logits: torch.Tensor,
-        mask_labels: torch.Tensor,
+        planes: torch.Tensor,
         class_labels: torch.Tensor,
         image_extent: torch.Tensor,
     ) -> torch.Tensor:
@@ -119,56 +162,58 @@ class UniversalSegmentationLoss(nn.Module):
         Args:
             class_logits: (predictions, queries, num_labels + 1).
             mask_logits: (predictions, queries, height, width).
-            mask_labels: (objects, H, W).
+            planes: (planes, H, W).
             class_labels: (objects,).
             image_extent: (2,).
 
         Returns:
-            (predictions, queries, objects) float32, finite.
+            (predictions, queries, objects) float32.
         """
         config = self.config
         predictions, queries = class_logits.shape[:2]
         points = torch.rand((config.train_num_points, 2), device=class_logits.device) * image_extent.flip(0)
-        objects = torch.arange(len(class_labels), device=points.device)
-        labels = sample_labels(mask_labels, objects, points, config.ignore_value)
-        inside, counted = (values.T for values in labels)  # (points, objects)
+        inside, counted = sample_labels(planes, len(class_labels), points)
 
         mask_costs = []
         for masks in in_parts(mask_logits.flatten(0, 1), config.train_num_points):
             logits = sample_maps(masks.unsqueeze(0), points[None])[0]  # (masks, points)
             probabilities = logits.sigmoid()
             # binary cross-entropy: softplus(x) - x * target, summed over points as matrix products
-            cross_entropy = (nn.functional.softplus(logits) @ counted - logits @ inside) / counted.sum(0).clamp(min=1)
-            overlap = 2 * (probabilities @ inside)
-            dice = 1 - (overlap + 1) / (probabilities @ counted + inside.sum(0) + 1)
-            mask_costs.append(config.mask_weight * cross_entropy + config.dice_weight * dice)
-        cost_class = -class_logits.softmax(-1)[..., class_labels]  # (predictions, queries, objects)
-        cost = torch.cat(mask_costs).view(predictions, queries, -1) + config.class_weight * cost_class
-        return cost.nan_to_num(nan=UNMATCHABLE, posinf=UNMATCHABLE, neginf=UNMATCHABLE)
+            cross_entropy = (nn.functional.softplus(logits) @ counted).unsqueeze(1) - logits @ inside.T
+            overlap = 2 * (probabilities @ inside.T)
+            dice = 1 - (overlap + 1) / ((probabilities @ counted).unsqueeze(1) + inside.sum(1) + 1)
+            mask_costs.append(
+                config.mask_weight * cross_entropy / counted.sum().clamp(min=1) + config.dice_weight * dice
+            )
+        classes = class_labels.clamp(0, config.num_labels - 1)  # `match` refuses wrong ones when it is on the host
+        cost_class = -class_logits.softmax(-1)[..., classes]  # (predictions, queries, objects)
+        return torch.cat(mask_costs).view(predictions, queries, -1) + config.class_weight * cost_class
 
-    def class_loss(
+    def class_targets(
         self, class_logits: torch.Tensor, class_labels: list[torch.Tensor], matches: list[torch.Tensor]
     ) -> torch.Tensor:
-        """(predictions,) weighted cross-entropy; queries without an object should say "no object"."""
+        """(predictions, batch, queries) int64 classes; queries without an object should say "no object"."""
         targets = torch.full(class_logits.shape[:3], self.config.num_labels, device=class_logits.device)
         for i, (labels, (prediction, query, target)) in enumerate(zip(class_labels, matches, strict=True)):
             targets[prediction, i, query] = labels[target]
-        weight = self.empty_weight.float()
+        return targets
+
+    def class_loss(self, class_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """(predictions,) weighted cross-entropy, summed over the queries of all images."""
         losses = nn.functional.cross_entropy(
-            class_logits.flatten(0, 2), targets.flatten(), weight=weight, reduction="none"
-        ).view(len(class_logits), -1)  # (predictions, batch * queries)
-        total_weight = weight[targets].flatten(1).sum(1)  # 0 if nothing matched and "no object" weighs nothing
-        return losses.sum(1) / total_weight.clamp(min=torch.finfo(torch.float32).tiny)
+            class_logits.flatten(0, 2), targets.flatten(), weight=self.empty_weight.float(), reduction="none"
+        )
+        return losses.view(len(class_logits), -1).sum(1)
 
     def mask_losses(
         self,
         mask_logits: torch.Tensor,
-        mask_labels: list[torch.Tensor],
+        packed_masks: list[torch.Tensor],
+        class_labels: list[torch.Tensor],
         matches: list[torch.Tensor],
         image_extents: torch.Tensor,
-        num_masks: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(predictions,) binary cross-entropy and (predictions,) dice loss of the matched masks."""
+    ) -> torch.Tensor:
+        """(2, predictions): binary cross-entropy and dice loss, summed over the matched masks."""
         per_prediction = mask_logits.new_zeros((2, len(mask_logits)))
         for i, (prediction, query, target) in enumerate(matches):
             masks = mask_logits[prediction, i, query]  # (matches, height, width)
@@ -176,12 +221,9 @@ class UniversalSegmentationLoss(nn.Module):
                 continue
             points, chosen = self.sample_points(masks.detach(), image_extents[i])
             logits = sample_maps(masks.unsqueeze(1), points[chosen]).squeeze(1)  # (matches, points)
-            objects, object_of_match = target.unique(return_inverse=True)
-            place = object_of_match[:, None] * len(points) + chosen  # of each mask's points in its object's labels
-            inside, counted = (
-                labels.take(place)
-                for labels in sample_labels(mask_labels[i], objects, points, self.config.ignore_value)
-            )
+            inside, counted = sample_labels(packed_masks[i], len(class_labels[i]), points)
+            inside = inside.take(target[:, None] * len(points) + chosen)  # (matches, points)
+            counted = counted[chosen]
             # binary cross-entropy: softplus(x) - x * target
             cross_entropy = (nn.functional.softplus(logits) * counted - logits * inside).sum(1)
             cross_entropy = cross_entropy / counted.sum(1).clamp(min=1)
@@ -191,7 +233,7 @@ class UniversalSegmentationLoss(nn.Module):
             per_prediction = per_prediction.index_add(1, prediction, torch.stack((cross_entropy, dice)))
         if not per_prediction.requires_grad:  # nothing matched; keep the graph, so that every parameter gets a gradient
             per_prediction = per_prediction + mask_logits.flatten(1).sum(1) * 0
-        return (per_prediction / num_masks).unbind()
+        return per_prediction
 
     @torch.no_grad()
     def sample_points(self, masks: torch.Tensor, extent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,47 +260,26 @@ class UniversalSegmentationLoss(nn.Module):
             chosen_part[:, :uncertain] = certainty.topk(uncertain, dim=1, largest=False, sorted=False).indices
         return points, chosen
 
-    @staticmethod
-    def mean_masks_per_rank(class_labels: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-        """Objects in the whole batch divided by the number of processes, at least 1."""
-        num_masks = torch.tensor(float(sum(map(len, class_labels))), device=device)
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(num_masks)
-            num_masks = num_masks / distributed.get_world_size()
-        return num_masks.clamp(min=1)
 
+def totals_per_process(num_masks: int, total_weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the losses are divided by: totals over all processes, divided by their number.
 
-def check_labels(
-    mask_labels: list[torch.Tensor], class_labels: list[torch.Tensor], batch: int, num_labels: int
-) -> None:
-    """Refuse labels that cannot be right, in one line.
+    So the mean of the losses and gradients over the processes is that of the joint batch.
 
-    Raises:
-        ValueError: wrong number of entries, masks and classes that disagree, or a class out of range.
+    Args:
+        num_masks: objects in this process's batch.
+        total_weight: (predictions,), the sum of the class weights of this process's queries.
+
+    Returns:
+        () and (predictions,), both above 0.
     """
-    if len(mask_labels) != batch or len(class_labels) != batch:
-        raise ValueError(
-            f"`mask_labels` and `class_labels` need one entry per image: got {len(mask_labels)} and "
-            f"{len(class_labels)} for a batch of {batch}."
-        )
-    for i, (masks, classes) in enumerate(zip(mask_labels, class_labels, strict=True)):
-        if masks.ndim != 3 or classes.ndim != 1 or len(masks) != len(classes):
-            raise ValueError(
-                f"Image {i}: `mask_labels` must be (objects, height, width) and `class_labels` (objects,), "
-                f"got {tuple(masks.shape)} and {tuple(classes.shape)}."
-            )
-    if len({tuple(masks.shape[-2:]) for masks in mask_labels}) > 1:
-        raise ValueError("All `mask_labels` of a batch must have the same height and width: those of the padded batch.")
-    classes = torch.cat([c.reshape(-1).cpu() for c in class_labels])
-    if classes.is_floating_point() or classes.dtype == torch.bool:
-        raise ValueError(f"`class_labels` must be integers, got {classes.dtype}.")
-    if len(classes) and not 0 <= classes.min() <= classes.max() < num_labels:
-        wrong = sorted({int(c) for c in classes if not 0 <= c < num_labels})
-        raise ValueError(
-            f"`class_labels` holds {wrong}, but this model has classes 0 to {num_labels - 1}; "
-            "check `num_labels` or `id2label` of its configuration."
-        )
+    totals = torch.cat((total_weight.new_tensor([num_masks]), total_weight))
+    processes = 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(totals)
+        processes = torch.distributed.get_world_size()
+    # without any object, or any weight on "no object", there is nothing to divide
+    return totals[0].clamp(min=1) / processes, (totals[1:] / processes).clamp(min=torch.finfo(totals.dtype).tiny)
 
 
 def in_parts(rows: torch.Tensor, values_per_row: int) -> tuple[torch.Tensor, ...]:
@@ -272,40 +293,32 @@ def sample_maps(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     return nn.functional.grid_sample(maps, 2 * points.unsqueeze(2) - 1, align_corners=False).squeeze(3)
 
 
-def sample_labels(
-    mask_labels: torch.Tensor, objects: torch.Tensor, points: torch.Tensor, ignore_value: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bilinear values of label masks at points, read straight from the masks: no float copy of them is made.
+def sample_labels(planes: torch.Tensor, objects: int, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bilinear values of packed masks at points, of which only the pixels around the points are unpacked.
 
     Args:
-        mask_labels: (masks, height, width), 1 = object, 0 = not, `ignore_value` = void.
-        objects: (n,) int64, which masks to read.
+        planes: (planes, height, width) uint8, see `packed_masks.py`.
+        objects: how many objects they hold.
         points: (points, 2), (x, y) in the unit square.
-        ignore_value: the value of void pixels.
 
     Returns:
-        Both (n, points) float32: the values where no void pixel takes part, else 0; and 1 there, else 0.
+        (objects, points) float32, the values where no void pixel takes part, else 0; and (points,) float32, 1 there,
+        else 0.
     """
-    height, width = mask_labels.shape[-2:]
+    height, width = planes.shape[-2:]
     x, y = (points * points.new_tensor([width, height]) - 0.5).unbind(-1)
     left, top = x.floor(), y.floor()
     right_share, lower_share = x - left, y - top
-    corners = []  # (pixel, weight) of the four around each point; what lies outside of the map has no weight
+    index = torch.arange(1, objects + 1, device=planes.device)
+    plane, bit = index // 8, (index % 8).to(torch.uint8).unsqueeze(1)
+    values = torch.zeros((objects, len(points)), device=planes.device)
+    counted = torch.ones(len(points), device=planes.device)
     for row, row_weight in ((top, 1 - lower_share), (top + 1, lower_share)):
         for column, column_weight in ((left, 1 - right_share), (left + 1, right_share)):
             is_inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            weight = row_weight * column_weight * is_inside  # what lies outside of the map has none
             pixel = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
-            corners.append((pixel, row_weight * column_weight * is_inside))
-
-    values = torch.zeros((len(objects), len(points)), device=points.device)
-    counted = torch.ones_like(values)
-    for part, values_part, counted_part in zip(
-        *(in_parts(rows, len(points)) for rows in (objects, values, counted)), strict=True
-    ):
-        labels = mask_labels.flatten(1)[part]
-        for pixel, weight in corners:
-            label = labels[:, pixel]  # (masks, points)
-            values_part += label * weight
-            counted_part *= (label != ignore_value) | (weight == 0)
-        values_part *= counted_part
-    return values, counted
+            corner = planes.flatten(1)[:, pixel]  # (planes, points)
+            values += (corner[plane] >> bit & 1) * weight
+            counted *= (corner[0] & 1 == 0) | (weight == 0)
+    return values.mul_(counted), counted

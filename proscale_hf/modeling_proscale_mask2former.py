@@ -26,6 +26,7 @@ from .losses import UniversalSegmentationLoss
 from .mask_decoder import MaskDecoder, MaskedCrossAttention, MaskEmbedderLinear, predict_masks
 from .model_names import resolved
 from .ms_deform_attn import AttentionLogits, SamplingOffsets
+from .packed_masks import number_of_planes, pack_masks
 from .pixel_decoder import PixelDecoder
 from .pixel_level_module import PixelLevelModule
 from .repository import MODEL_AUTO_MAP, Upload, split_hub_arguments, write_card
@@ -190,6 +191,9 @@ class ProScaleMask2FormerPreTrainedModel(PreTrainedModel):
         # transformers asks again whenever training begins or ends; for nothing, if nothing could be loaded
         self._use_kernels = use_kernels and self.deformable_attention_backend != PYTORCH
 
+    def get_input_embeddings(self) -> None:
+        """Pixels have no table of embeddings. accelerate asks for it before it shards a model (FSDP2)."""
+
     def pad_to_stride(self, batch: torch.Tensor) -> torch.Tensor:
         """Pad (..., height, width) with 0 at the bottom and right to multiples of the largest feature stride."""
         stride = self.config.feature_strides[-1]
@@ -346,18 +350,21 @@ class ProScaleMask2FormerForUniversalSegmentation(ProScaleMask2FormerPreTrainedM
         output_auxiliary_logits: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        packed_masks: list[torch.Tensor] | None = None,
     ) -> ProScaleMask2FormerForUniversalSegmentationOutput | tuple:
         """
         Args:
             pixel_values: (batch, channels, height, width), normalised.
             mask_labels: per image (objects, height, width) at the size of the padded batch; 1 = object, 0 = not,
-                `config.ignore_value` = void.
-            class_labels: per image (objects,) int64.
+                `config.ignore_value` = void; what one of an image's masks calls void is void for all of them.
+            class_labels: per image (objects,) integers.
             pixel_mask: (batch, height, width), 1 = image, 0 = padding at the bottom and right.
             output_hidden_states: return all hidden states; default from the configuration.
             output_auxiliary_logits: return the earlier predictions; default from the configuration.
             output_attentions: return the mask decoder's attention weights; default from the configuration.
             return_dict: a dataclass rather than a tuple; default from the configuration.
+            packed_masks: instead of `mask_labels`, and with the same loss: per image (planes, height, width) uint8,
+                one bit per object and pixel, see `packed_masks.py`.
 
         Returns:
             [`ProScaleMask2FormerForUniversalSegmentationOutput`], or its fields that are not None as a tuple.
@@ -369,14 +376,14 @@ class ProScaleMask2FormerForUniversalSegmentation(ProScaleMask2FormerPreTrainedM
         return_dict = config.return_dict if return_dict is None else return_dict
         if output_auxiliary_logits is None:
             output_auxiliary_logits = config.output_auxiliary_logits
-        if (mask_labels is None) != (class_labels is None):
-            raise ValueError("`mask_labels` and `class_labels` belong together: give both or neither.")
-        train_all = mask_labels is not None and config.use_auxiliary_loss
         check_pixels(pixel_values, pixel_mask)
-        check_mask_size(mask_labels, pixel_values)
+        check_labels(mask_labels, packed_masks, class_labels, pixel_values)
+        if mask_labels is not None:
+            packed_masks = [pack_masks(masks, config.ignore_value) for masks in mask_labels]
+        train_all = packed_masks is not None and config.use_auxiliary_loss
         if pixel_mask is not None and config.mask_padding:
             pixel_values, pixel_mask = self.pad_to_stride(pixel_values), self.pad_to_stride(pixel_mask)
-            mask_labels = None if mask_labels is None else [self.pad_to_stride(masks) for masks in mask_labels]
+            packed_masks = None if packed_masks is None else [self.pad_to_stride(planes) for planes in packed_masks]
 
         outputs = self.model(
             pixel_values,
@@ -395,12 +402,12 @@ class ProScaleMask2FormerForUniversalSegmentation(ProScaleMask2FormerPreTrainedM
 
         image_sizes = None if pixel_mask is None else true_image_sizes(pixel_mask)
         loss, loss_dict, auxiliary_logits = None, None, None
-        if mask_labels is not None:
+        if packed_masks is not None:
             first = 0 if config.use_auxiliary_loss else -1
             extents = None
             if image_sizes is not None and config.mask_padding:
                 extents = image_sizes / torch.tensor(pixel_mask.shape[-2:], device=image_sizes.device)
-            loss_dict = self.criterion(class_logits[first:], mask_logits[first:], mask_labels, class_labels, extents)
+            loss_dict = self.criterion(class_logits[first:], mask_logits[first:], packed_masks, class_labels, extents)
             loss = self.weighted_sum(loss_dict)
         if output_auxiliary_logits:
             auxiliary_logits = [
@@ -463,16 +470,49 @@ def check_pixels(pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) ->
         )
 
 
-def check_mask_size(mask_labels: list[torch.Tensor] | None, pixel_values: torch.Tensor) -> None:
-    """Refuse masks of another height and width than the batch.
+def check_labels(
+    mask_labels: list[torch.Tensor] | None,
+    packed_masks: list[torch.Tensor] | None,
+    class_labels: list[torch.Tensor] | None,
+    pixel_values: torch.Tensor,
+) -> None:
+    """Refuse labels that do not fit each other or the batch. Which classes there are is checked by the loss.
 
     Raises:
         ValueError: see there.
     """
-    for i, masks in enumerate(mask_labels or ()):
-        if masks.shape[-2:] != pixel_values.shape[-2:]:
+    if mask_labels is not None and packed_masks is not None:
+        raise ValueError("Give `mask_labels` or `packed_masks`, not both.")
+    name, masks = ("mask_labels", mask_labels) if packed_masks is None else ("packed_masks", packed_masks)
+    if (masks is None) != (class_labels is None):
+        raise ValueError(f"`{name}` and `class_labels` belong together: give both or neither.")
+    if masks is None:
+        return
+    if not len(masks) == len(class_labels) == len(pixel_values):
+        raise ValueError(
+            f"`{name}` and `class_labels` need one entry per image: got {len(masks)} and {len(class_labels)} "
+            f"for a batch of {len(pixel_values)}."
+        )
+    for i, (image_masks, classes) in enumerate(zip(masks, class_labels, strict=True)):
+        if classes.ndim != 1 or classes.is_floating_point() or classes.dtype == torch.bool:
             raise ValueError(
-                f"Image {i}: `mask_labels` are {masks.shape[-2]} x {masks.shape[-1]}, but the padded batch is "
+                f"Image {i}: `class_labels` must be integers of shape (objects,), "
+                f"got {classes.dtype} of shape {tuple(classes.shape)}."
+            )
+        if packed_masks is None:
+            is_right, wanted = len(image_masks) == len(classes), f"({len(classes)} objects, height, width)"
+        else:
+            planes = number_of_planes(len(classes))
+            is_right = len(image_masks) == planes and image_masks.dtype == torch.uint8
+            wanted = f"uint8 ({planes} planes for {len(classes)} objects, height, width)"
+        if image_masks.ndim != 3 or not is_right:
+            raise ValueError(
+                f"Image {i}: `{name}` must be {wanted} to go with `class_labels`, "
+                f"got {image_masks.dtype} of shape {tuple(image_masks.shape)}."
+            )
+        if image_masks.shape[-2:] != pixel_values.shape[-2:]:
+            raise ValueError(
+                f"Image {i}: `{name}` are {image_masks.shape[-2]} x {image_masks.shape[-1]}, but the padded batch is "
                 f"{pixel_values.shape[-2]} x {pixel_values.shape[-1]}: resize and pad masks as the images."
             )
 

@@ -51,8 +51,15 @@ class PixelLevelModule(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "PixelLevelModule":
-        """Frozen batch norms stay in evaluation mode and without gradient (loading weights replaces parameters)."""
+        """Frozen batch norms stay in evaluation mode and without gradient (loading weights replaces parameters).
+
+        The norm that Swin has for its classifier is without gradient too: it is not used here, and several processes
+        that train would wait for its gradient.
+        """
         super().train(mode)
+        for name, parameter in self.encoder.named_parameters():
+            if name.startswith("swin.layernorm."):
+                parameter.requires_grad_(False)
         if self.freeze_batch_norm:
             for module in self.encoder.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):

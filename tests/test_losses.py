@@ -1,17 +1,15 @@
 """Matching and losses: against the formulas written out, and what void pixels and missing objects may not do."""
 
+import logging
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import labels, tiny_config
-from proscale_hf.losses import (
-    UNMATCHABLE,
-    UniversalSegmentationLoss,
-    check_labels,
-    sample_labels,
-    sample_maps,
-)
+from proscale_hf.losses import UNMATCHABLE, UniversalSegmentationLoss, sample_labels, sample_maps, totals_per_process
+from proscale_hf.packed_masks import pack_masks
 
 
 def criterion(**changes) -> UniversalSegmentationLoss:
@@ -25,9 +23,15 @@ def predictions(number: int = 2, batch: int = 2, queries: int = 7, seed: int = 0
     return class_logits, mask_logits
 
 
-def run(*arguments, seed: int = 0, **changes) -> dict[str, torch.Tensor]:
+def packed(given: dict[str, list[torch.Tensor]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Labels as the loss takes them."""
+    return [pack_masks(masks) for masks in given["mask_labels"]], given["class_labels"]
+
+
+def run(class_logits, mask_logits, mask_labels, class_labels, seed: int = 0, **changes) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
-    return criterion(**changes)(*arguments)
+    given = packed({"mask_labels": mask_labels, "class_labels": class_labels})
+    return criterion(**changes)(class_logits, mask_logits, *given)
 
 
 @pytest.fixture
@@ -37,24 +41,21 @@ def points_inside(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: 0.25 + 0.5 * rand(*size, **kwargs))
 
 
-def test_sample_labels_is_bilinear_sampling(monkeypatch):
-    masks = (torch.rand(3, 10, 14) > 0.5).to(torch.uint8)
+def test_sample_labels_is_bilinear_sampling():
+    masks = (torch.rand(9, 10, 14) > 0.5).to(torch.uint8)
     points = torch.rand(50, 2)
-    objects = torch.tensor([2, 0, 0, 1])
-    expected = sample_maps(masks[objects].float()[None], points[None])[0]
-    for values_at_once in (2**20, 50):  # the second: one object after the other
-        monkeypatch.setattr("proscale_hf.losses.CPU_PART_VALUES", values_at_once)
-        values, counted = sample_labels(masks, objects, points, ignore_value=255)
-        torch.testing.assert_close(values, expected)
-        assert counted.all()
+    values, counted = sample_labels(pack_masks(masks), 9, points)
+    torch.testing.assert_close(values, sample_maps(masks.float()[None], points[None])[0])
+    assert counted.all()
 
 
 def test_points_next_to_void_do_not_count():
-    masks = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    masks = torch.ones(1, 4, 4, dtype=torch.uint8)
     masks[0, :, 2:] = 255
     points = torch.tensor([[0.125, 0.5], [0.3, 0.5], [0.5, 0.5], [0.9, 0.5]])
-    _, counted = sample_labels(masks, torch.tensor([0]), points, ignore_value=255)
-    assert counted.tolist() == [[1.0, 1.0, 0.0, 0.0]]
+    values, counted = sample_labels(pack_masks(masks), 1, points)
+    assert counted.tolist() == [1.0, 1.0, 0.0, 0.0]
+    assert values.tolist() == [[1.0, 1.0, 0.0, 0.0]]
 
 
 def test_terms_on_a_known_match(points_inside):
@@ -84,7 +85,7 @@ def test_matching_finds_the_right_queries():
         mask_logits[:, i, queries] = 16 * small - 8
         class_logits[:, i, queries, given["class_labels"][i]] += 5
     loss = criterion()
-    matches = loss.match(class_logits, mask_logits, *given.values(), torch.ones(2, 2))
+    matches = loss.match(class_logits, mask_logits, *packed(given), torch.ones(2, 2))
     for queries, match in zip(wanted, matches, strict=True):
         for prediction in range(3):
             of_prediction = match[1:, match[0] == prediction]
@@ -146,21 +147,75 @@ def test_an_image_without_objects_beside_one_with():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_broken_predictions_do_not_stop_the_matching(bad):
+def test_broken_predictions_do_not_stop_the_matching(bad, monkeypatch, caplog):
     class_logits, mask_logits = predictions()
     mask_logits[:, :, 3] = bad
     class_logits[:, :, 3] = bad
+    given = packed(labels((3, 1)))
     loss = criterion()
-    cost = loss.matching_cost(
-        class_logits[:, 0],
-        mask_logits[:, 0],
-        labels()["mask_labels"][0],
-        labels()["class_labels"][0],
-        torch.ones(2),
-    )
-    assert cost.isfinite().all() and (cost[:, 3] == UNMATCHABLE).all()
-    matches = loss.match(class_logits, mask_logits, *labels().values(), torch.ones(2, 2))
-    assert all(3 not in match[1] for match in matches)
+    monkeypatch.setattr(logging.getLogger("proscale_hf.losses"), "propagate", True)
+    for step in (1, 2):
+        matches = loss.match(class_logits, mask_logits, *given, torch.ones(2, 2))
+        assert all(3 not in match[1] for match in matches)
+        assert [match.shape[1] for match in matches] == [2 * 3, 2 * 1]
+        assert loss.non_finite_costs == step * 2 * (3 + 1)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "8 of 56 matching costs are NaN or infinite"
+    ]
+
+
+def test_costs_that_are_not_numbers_are_replaced():
+    costs = torch.tensor([1.0, float("nan"), float("inf"), -float("inf"), -2.0])
+    loss = criterion()
+    loss.replace_non_finite(costs)
+    assert costs.tolist() == [1.0, UNMATCHABLE, UNMATCHABLE, UNMATCHABLE, -2.0]
+    assert loss.non_finite_costs == 3
+
+
+def test_healthy_costs_are_not_reported(caplog):
+    loss = criterion()
+    loss(*predictions(), *packed(labels()))
+    assert loss.non_finite_costs == 0 and not caplog.records
+
+
+class HostReads(TorchDispatchMode):
+    """Operations that wait for the device because their result's value or shape is needed on the host."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal.", "is_nonzero", "repeat_interleave")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if any(name in str(function) for name in self.NAMES):
+            self.seen.append(str(function))
+        return function(*arguments, **(options or {}))
+
+
+def test_one_transfer_to_the_host_in_a_step(monkeypatch):
+    """Before and after it nothing needs the host; in between everything is on the host."""
+    events = []
+    to_host = torch.Tensor.cpu
+    match = UniversalSegmentationLoss.match
+
+    def counted_transfer(tensor):
+        events.append(f"transfer after {reads.seen}")
+        return to_host(tensor)
+
+    def counted_match(*arguments):
+        matches = match(*arguments)
+        reads.seen.clear()
+        return matches
+
+    monkeypatch.setattr(torch.Tensor, "cpu", counted_transfer)
+    monkeypatch.setattr(UniversalSegmentationLoss, "match", counted_match)
+    class_logits, mask_logits = (logits.requires_grad_() for logits in predictions())
+    given = packed(labels((3, 2)))
+    with HostReads() as reads:
+        sum(criterion()(class_logits, mask_logits, *given).values()).backward()
+    assert events == ["transfer after []"]
+    assert reads.seen == []
 
 
 def test_each_cost_has_its_own_weight():
@@ -171,9 +226,8 @@ def test_each_cost_has_its_own_weight():
     def cost(**weights):
         torch.manual_seed(0)
         loss = criterion(**{"class_weight": 1.0, "mask_weight": 1.0, "dice_weight": 1.0, **weights})
-        return loss.matching_cost(
-            class_logits[:, 0], mask_logits[:, 0], given["mask_labels"][0], given["class_labels"][0], torch.ones(2)
-        )
+        (planes,), (classes,) = packed(given)
+        return loss.matching_cost(class_logits[:, 0], mask_logits[:, 0], planes, classes, torch.ones(2))
 
     parts = {name: cost(**{name: 2.0}) - cost() for name in ("class_weight", "mask_weight", "dice_weight")}
     probabilities = class_logits[:, 0].softmax(-1)[..., given["class_labels"][0]]
@@ -197,8 +251,8 @@ def test_void_without_weight_does_not_discard_a_point():
     masks = torch.zeros(1, 4, 4, dtype=torch.uint8)
     masks[0, :, 2:] = 255
     exactly_on_a_pixel = torch.tensor([[1.5 / 4, 0.5]])  # its right neighbour is void, but has no part in it
-    _, counted = sample_labels(masks, torch.tensor([0]), exactly_on_a_pixel, ignore_value=255)
-    assert counted.tolist() == [[1.0]]
+    _, counted = sample_labels(pack_masks(masks), 1, exactly_on_a_pixel)
+    assert counted.tolist() == [1.0]
 
 
 def test_losses_are_computed_in_float32_under_autocast(monkeypatch):
@@ -218,14 +272,25 @@ def test_losses_are_computed_in_float32_under_autocast(monkeypatch):
     assert all(value.dtype == torch.float32 for value in terms.values())
 
 
-@pytest.mark.parametrize(("ranks", "elsewhere", "expected"), [(1, 0, 4), (2, 6, 5), (4, 0, 1)])
-def test_masks_are_summed_over_processes(monkeypatch, ranks, elsewhere, expected):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(elsewhere))
-    classes = [torch.zeros(3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)]
-    assert UniversalSegmentationLoss.mean_masks_per_rank(classes, torch.device("cpu")) == expected
-    assert UniversalSegmentationLoss.mean_masks_per_rank([], torch.device("cpu")) == max(1, elsewhere / ranks)
+@pytest.mark.parametrize(("processes", "masks", "weight"), [(1, 4, 2.5), (2, 5, 4.25), (4, 2.5, 2.125)])
+def test_totals_are_summed_over_processes(monkeypatch, processes, masks, weight):
+    """In this process 4 masks and a weight of 2.5; 6 of each in the others together."""
+    reductions = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: processes > 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: reductions.append(tensor.add_(6)))
+    num_masks, total_weight = totals_per_process(4, torch.tensor([2.5, 2.5]))
+    assert num_masks == masks and total_weight.tolist() == [weight] * 2
+    assert len(reductions) == (processes > 1)
+
+
+@pytest.mark.parametrize("processes", [1, 8])
+def test_there_is_always_something_to_divide_by(monkeypatch, processes):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: processes > 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    num_masks, total_weight = totals_per_process(0, torch.zeros(2))
+    assert num_masks == 1 / processes and (total_weight > 0).all()
 
 
 def test_no_objects_and_no_weight_for_no_object():
@@ -240,21 +305,11 @@ def test_integers_of_any_type_are_classes():
         torch.testing.assert_close(run(*arguments, [c.to(dtype) for c in labels()["class_labels"]]), expected)
 
 
-@pytest.mark.parametrize(
-    ("masks", "classes", "message"),
-    [
-        ([torch.zeros(1, 4, 4)], [torch.tensor([0])], "one entry per image"),
-        ([torch.zeros(1, 4, 4)] * 2, [torch.tensor([0, 1])] * 2, "Image 0"),
-        ([torch.zeros(4, 4)] * 2, [torch.tensor([0])] * 2, "Image 0"),
-        ([torch.zeros(1, 4, 4)] * 2, [torch.tensor([0]), torch.tensor([4])], r"\[4\].*classes 0 to 3"),
-        ([torch.zeros(1, 4, 4)] * 2, [torch.tensor([-1]), torch.tensor([1])], r"\[-1\]"),
-        ([torch.zeros(1, 4, 4)] * 2, [torch.tensor([0.0]), torch.tensor([1.0])], "integers"),
-        ([torch.zeros(1, 4, 4), torch.zeros(1, 4, 5)], [torch.tensor([0])] * 2, "same height and width"),
-    ],
-)
-def test_labels_that_cannot_be_right(masks, classes, message):
-    with pytest.raises(ValueError, match=message):
-        check_labels(masks, classes, batch=2, num_labels=4)
+@pytest.mark.parametrize(("classes", "wrong"), [([0, 4], r"\[4\]"), ([-1, 7], r"\[-1, 7\]")])
+def test_classes_that_the_model_does_not_have_are_refused(classes, wrong):
+    given = labels((2, 2))["mask_labels"], [torch.tensor([0, 3]), torch.tensor(classes)]
+    with pytest.raises(ValueError, match=f"{wrong}.*classes 0 to 3"):
+        run(*predictions(), *given)
 
 
 def test_points_of_a_mask_are_the_uncertain_ones():

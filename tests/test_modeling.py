@@ -27,6 +27,7 @@ from proscale_hf import (
 from proscale_hf.encoders import ENCODER_CLASSES
 from proscale_hf.mask_decoder import MaskedCrossAttention, MaskEmbedderLinear
 from proscale_hf.ms_deform_attn import AttentionLogits, SamplingOffsets
+from proscale_hf.packed_masks import pack_masks
 
 
 VARIANTS = [
@@ -87,6 +88,12 @@ def test_output_order_is_what_trainer_and_pipelines_read():
     assert parameters[1:4] == ["pixel_values", "mask_labels", "class_labels"]
 
 
+def test_trainer_averages_accumulated_steps():
+    """`Trainer` leaves it to models that take any keyword; here each step's loss is divided by its own objects."""
+    parameters = inspect.signature(ProScaleMask2FormerForUniversalSegmentation.forward).parameters
+    assert all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
 @pytest.mark.parametrize("with_labels", [False, True])
 def test_return_dict_false_gives_the_same_values(with_labels):
     model, given = tiny_model(), labels() if with_labels else {}
@@ -134,16 +141,46 @@ def test_hidden_states_and_attentions_keep_their_gradients():
 # -- training
 
 
+@pytest.mark.parametrize("objects", [(3, 1), (0, 0)])
+@pytest.mark.parametrize("auxiliary", [True, False])
 @pytest.mark.parametrize("changes", VARIANTS)
-def test_every_parameter_gets_a_gradient(changes):
+def test_every_parameter_gets_a_gradient(changes, auxiliary, objects):
+    """Or none at all wants one: several processes would wait for it."""
+    model = tiny_model(**changes, use_auxiliary_loss=auxiliary).train()
+    model(pixels(), **labels(objects)).loss.backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def test_what_swin_has_for_its_classifier_is_not_trained(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    loaded = ProScaleMask2FormerForUniversalSegmentation.from_pretrained(tmp_path).train()
+    for model in (tiny_model(), loaded):
+        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        assert [name.split(".encoder.")[1] for name in frozen] == ["swin.layernorm.weight", "swin.layernorm.bias"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"ignore_value": 254}, {"mask_padding": False}])
+def test_packed_masks_give_the_same_loss_and_gradients(changes):
+    """In a batch that is padded, at a size that is not yet a multiple of the stride, with void pixels."""
+    pixel_values, pixel_mask = torch.zeros(2, 3, 60, 90), torch.zeros(2, 60, 90)
+    for i, (height, width) in enumerate([(60, 50), (40, 90)]):
+        pixel_values[i, :, :height, :width] = pixels(1, height, width, seed=i)[0]
+        pixel_mask[i, :height, :width] = 1
+    if "mask_padding" in changes:  # then nothing is padded on
+        pixel_values, pixel_mask = pixels(2, 64, 96), None
+    given = labels((9, 2), *pixel_values.shape[-2:])
     model = tiny_model(**changes).train()
-    model(pixels(), **labels()).loss.backward()
-    missing = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and parameter.grad is None and "swin.layernorm" not in name
-    ]
-    assert not missing
+    for masks in given["mask_labels"]:
+        masks[:, 5:20, 10:30] = model.config.ignore_value
+    packed = [pack_masks(masks, model.config.ignore_value) for masks in given["mask_labels"]]
+    results = []
+    for name, masks in (("mask_labels", given["mask_labels"]), ("packed_masks", packed)):
+        torch.manual_seed(0)
+        model.zero_grad()
+        output = model(pixel_values, pixel_mask=pixel_mask, **{name: masks}, class_labels=given["class_labels"])
+        output.loss.backward()
+        results.append((output.loss_dict, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("auxiliary", [True, False])
@@ -583,6 +620,11 @@ def test_timm_backbone():
 # -- wrong input
 
 
+PACKED = [pack_masks(masks) for masks in labels()["mask_labels"]]
+AS_PACKED = {"pixel_values": pixels(), "packed_masks": PACKED, "class_labels": labels()["class_labels"]}
+MAP_LABELS = {"mask_labels": [torch.zeros(64, 96)] * 2, "class_labels": [torch.zeros(64, dtype=torch.int64)] * 2}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -590,7 +632,18 @@ def test_timm_backbone():
         ({"pixel_values": torch.zeros(3, 64, 64)}, "batch, channels, height, width"),
         ({"pixel_values": pixels(), "pixel_mask": torch.ones(2, 64, 64)}, "pixel_mask"),
         ({"pixel_values": pixels(), "mask_labels": labels()["mask_labels"]}, "belong together"),
+        ({"pixel_values": pixels(), "packed_masks": PACKED}, "`packed_masks` and `class_labels` belong together"),
+        ({"pixel_values": pixels(), "packed_masks": PACKED, **labels()}, "not both"),
         ({"pixel_values": pixels(), **labels((1,))}, "one entry per image"),
+        ({**AS_PACKED, "packed_masks": PACKED[:1]}, "one entry per image: got 1 and 2"),
+        ({**AS_PACKED, "packed_masks": [PACKED[0], torch.cat(PACKED)]}, "Image 1: .*uint8 .1 planes for 1 objects"),
+        ({**AS_PACKED, "packed_masks": [planes[0] for planes in PACKED]}, "Image 0: .*uint8 .1 planes for 3 objects"),
+        ({**AS_PACKED, "packed_masks": [planes.int() for planes in PACKED]}, "uint8 .*got torch.int32"),
+        ({**AS_PACKED, "packed_masks": [planes[:, :32] for planes in PACKED]}, "`packed_masks` are 32 x 96.*64 x 96"),
+        ({**AS_PACKED, "class_labels": [torch.zeros(3), torch.zeros(1)]}, "integers.*got torch.float32"),
+        ({**AS_PACKED, "class_labels": [torch.zeros(3, 1, dtype=torch.int64)] * 2}, r"integers of shape \(objects,\)"),
+        ({"pixel_values": pixels(), **labels((3, 1)), "class_labels": [torch.tensor([0])] * 2}, "Image 0.*1 objects"),
+        ({"pixel_values": pixels(), **MAP_LABELS}, "Image 0.*shape"),
         ({"pixel_values": pixels(), **labels(num_labels=9, seed=3)}, "classes 0 to 3"),
         ({"pixel_values": pixels(), **labels(height=32, width=48)}, "32 x 48.*64 x 96"),
     ],

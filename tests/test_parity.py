@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from convert.detectron2 import convert_checkpoint
 from proscale_hf import ProScaleMask2FormerImageProcessorPil
+from proscale_hf.packed_masks import pack_masks
 
 
 FIXTURE = Path(__file__).parent / "fixtures" / "parity_r50"
@@ -99,10 +100,10 @@ def test_losses(recorded):
     predictions = [*output.auxiliary_logits, output]
     class_logits = torch.stack([prediction["class_queries_logits"] for prediction in predictions])
     mask_logits = torch.stack([prediction["masks_queries_logits"] for prediction in predictions])
-    mask_labels = [tensors["mask_labels_0"], tensors["mask_labels_1"]]
+    packed_masks = [pack_masks(tensors["mask_labels_0"]), pack_masks(tensors["mask_labels_1"])]
     class_labels = [tensors["class_labels_0"], tensors["class_labels_1"]]
     torch.manual_seed(0)
-    draws = [model.criterion(class_logits, mask_logits, mask_labels, class_labels) for _ in range(DRAWS)]
+    draws = [model.criterion(class_logits, mask_logits, packed_masks, class_labels) for _ in range(DRAWS)]
     assert len(draws[0]) == len(facts["losses"])
     for name, expected in facts["losses"].items():
         values = torch.stack([draw[name.replace("loss_ce", "loss_cross_entropy")] for draw in draws])

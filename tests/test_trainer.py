@@ -165,11 +165,14 @@ def resumed_run_equals_the_whole(processor, folder: Path, backbone_config: dict,
     resumed = make_trainer(folder / "resumed", processor, model)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.state.global_step == 3
-    assert logged_losses(resumed) == logged_losses(whole)
+    assert logged_losses(resumed) == pytest.approx(logged_losses(whole), rel=1e-5)
     for (name, expected), actual in zip(
         whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
     ):
-        torch.testing.assert_close(actual, expected, msg=lambda message, name=name: f"{name}: {message}")
+        # Adam makes a step of what is left by rounding where a gradient is 0, at a bias before a norm for example
+        torch.testing.assert_close(
+            actual, expected, rtol=1e-5, atol=1e-4, msg=lambda message, name=name: f"{name}: {message}"
+        )
 
 
 @pytest.mark.parametrize("backbone_config", [TINY_SWIN, TINY_RESNET], ids=["swin", "resnet"])

@@ -1,0 +1,96 @@
+"""The targets of an image between file and loss: one bit per object and pixel, in planes of eight bits.
+
+200 objects at 1024 x 1024 are 27 MB so, and nearest-neighbour resizing, crops and flips treat planes as they treat any
+mask of (channels, height, width). Planes are uint8 (planes, height, width). Bit j of plane p, of value `1 << j`, says
+where index 8 p + j is: index 0 is void, of which nobody knows what it is, and index k is object k - 1, in the order of
+the class labels. Objects may overlap; where void is set, it does not matter what else is.
+"""
+
+import torch
+
+
+VOID = 255  # in masks that are not packed
+
+
+def number_of_planes(objects: int) -> int:
+    """Planes that hold void and so many objects."""
+    return objects // 8 + 1
+
+
+def pack_masks(masks: torch.Tensor, ignore_value: int = VOID) -> torch.Tensor:
+    """Pack one mask per object.
+
+    Args:
+        masks: (objects, height, width) of any type; 1 = object, `ignore_value` = void, anything else = not the object.
+            What one of the masks calls void is void for all.
+        ignore_value: the value of void pixels.
+
+    Returns:
+        (planes, height, width) uint8.
+    """
+    planes = masks.new_zeros((number_of_planes(len(masks)), *masks.shape[1:]), dtype=torch.uint8)
+    for index, mask in enumerate(masks, start=1):
+        planes[index // 8] |= (mask == 1).to(torch.uint8) << index % 8
+        planes[0] |= mask == ignore_value
+    return planes
+
+
+def pack_segment_map(segment_map: torch.Tensor, segment_ids: list[int], void: torch.Tensor) -> torch.Tensor:
+    """Pack a map of segments, without a mask for each.
+
+    Args:
+        segment_map: (height, width) integers, the segment each pixel belongs to.
+        segment_ids: which segments are the objects, and in which order. Pixels of other ids belong to no object.
+        void: (height, width) bool.
+
+    Returns:
+        (planes, height, width) uint8.
+
+    Raises:
+        ValueError: an id that stands in `segment_ids` twice.
+    """
+    if len(set(segment_ids)) < len(segment_ids):
+        twice = sorted({segment_id for segment_id in segment_ids if segment_ids.count(segment_id) > 1})
+        raise ValueError(f"`segment_ids` holds {twice} more than once.")
+    planes = torch.zeros(
+        (number_of_planes(len(segment_ids)), *segment_map.shape), dtype=torch.uint8, device=segment_map.device
+    )
+    if segment_ids:
+        ids, order = torch.tensor(segment_ids, dtype=torch.int64, device=planes.device).sort()
+        pixels = segment_map.long()
+        place = torch.bucketize(pixels, ids).clamp_(max=len(ids) - 1)
+        index = (order[place] + 1).masked_fill_(ids[place] != pixels, 0)  # (height, width), 0 = no object
+        bit = (index != 0).to(torch.uint8) << (index % 8).to(torch.uint8)
+        planes.scatter_(0, (index // 8)[None], bit[None])
+    planes[0] |= void
+    return planes
+
+
+def unpack_masks(planes: torch.Tensor, objects: int) -> torch.Tensor:
+    """One mask per object: uint8 (objects, height, width); 1 = object, 0 = not, 255 = void."""
+    masks = torch.stack([_pixels_of(planes, index) for index in range(objects + 1)])
+    return masks[1:].masked_fill_(masks[0].bool(), VOID)
+
+
+def present_objects(planes: torch.Tensor, objects: int) -> torch.Tensor:
+    """Which objects have a pixel, after a crop for example: (objects,) bool."""
+    seen = planes.flatten(1)  # (planes, pixels)
+    while seen.shape[1] > 1:  # each half is combined with the other; those of an odd number share a pixel
+        half = (seen.shape[1] + 1) // 2
+        seen = seen[:, :half] | seen[:, -half:]
+    bits = torch.arange(8, dtype=torch.uint8, device=planes.device)
+    return (seen >> bits & 1).flatten().bool()[1 : objects + 1]
+
+
+def select_objects(planes: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Planes of the objects that are `kept` alone, (objects,) bool; void stays."""
+    indices = [0, *(kept.nonzero().flatten() + 1).tolist()]
+    selected = planes.new_zeros((number_of_planes(len(indices) - 1), *planes.shape[1:]))
+    for new, old in enumerate(indices):
+        selected[new // 8] |= _pixels_of(planes, old) << new % 8
+    return selected
+
+
+def _pixels_of(planes: torch.Tensor, index: int) -> torch.Tensor:
+    """(height, width) uint8, 1 where the bit of an index is set."""
+    return planes[index // 8] >> index % 8 & 1
