@@ -1,0 +1,163 @@
+"""Pictures and id maps from files, checked: what most data sets need to make a `Sample`."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..image_io import load_image, one_line
+from ..image_pixels import read_pixels
+from .sample import VOID, SampleError, distinct_values, few
+
+
+VALUE_MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # Pillow's single-channel pictures of whole numbers
+COLOR_MODES = ("RGB", "RGBA")
+VOID_VALUES = (0, 255)
+
+
+def path_inside(folder: str | Path, name: str) -> Path:
+    """The path of a file that an annotation file names.
+
+    Args:
+        folder: where the file must be.
+        name: a relative name, with `/` between folders.
+
+    Raises:
+        ValueError: the name leads out of the folder.
+    """
+    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+    if not parts or ".." in parts or parts[0] == "/" or "\\" in name or ":" in parts[0] or "\0" in name:
+        raise ValueError(f"{name!r} is not the name of a file inside {folder}.")
+    return Path(folder, *parts)
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """A picture as upright 8-bit RGB, see `load_image`.
+
+    Raises:
+        SampleError: it cannot be read.
+    """
+    try:
+        return load_image(path)
+    except ValueError as error:
+        raise SampleError(str(error)) from error
+
+
+def rgb_picture(picture: Image.Image, name: str) -> Image.Image:
+    """A picture that was read by someone else as 8-bit RGB, the way `load_image` makes it.
+
+    Raises:
+        SampleError: it cannot be brought to RGB.
+    """
+    try:
+        pixels = read_pixels(picture, 3, None, name=name)  # (channels, height, width)
+    except ValueError as error:
+        raise SampleError(str(error)) from error
+    return Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)))
+
+
+def read_value_map(path: str | Path) -> np.ndarray:
+    """A single-channel picture (8 or 16 bits, or the indices of a palette) as `(height, width)` int32 values.
+
+    Raises:
+        SampleError: it cannot be read, or has colours.
+    """
+    return values_of(open_map(path), str(path))
+
+
+def read_color_map(path: str | Path) -> np.ndarray:
+    """A COCO-panoptic picture as `(height, width)` int32 ids: red + 256 green + 256^2 blue.
+
+    Raises:
+        SampleError: it cannot be read, or has no colours.
+    """
+    return color_ids_of(open_map(path), str(path))
+
+
+def values_of(picture: Image.Image, name: str) -> np.ndarray:
+    """As `read_value_map`, of a picture that is open."""
+    if picture.mode not in VALUE_MODES:
+        raise SampleError(f"{name} must have one channel, whose values are ids, but its mode is {picture.mode}.")
+    return np.asarray(picture).astype(np.int32)
+
+
+def color_ids_of(picture: Image.Image, name: str) -> np.ndarray:
+    """As `read_color_map`, of a picture that is open."""
+    if picture.mode not in COLOR_MODES:
+        raise SampleError(f"{name} must be an RGB picture, whose colours are ids, but its mode is {picture.mode}.")
+    codes = np.asarray(picture.convert("RGBA")).view("<u4")[..., 0]  # (height, width), opacity highest
+    return (codes & 0xFFFFFF).astype(np.int32)
+
+
+def open_map(path: str | Path) -> Image.Image:
+    """A picture of ids as it is in the file.
+
+    Raises:
+        SampleError: it cannot be read.
+    """
+    if not Path(path).is_file():
+        raise SampleError(f"there is no file {path}; check the path.")
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except Exception as error:  # what Pillow's decoders raise on damaged data depends on the format
+        raise SampleError(f"{path} cannot be read ({one_line(error)}); copy or download it again.") from error
+
+
+def label_finder(
+    categories: Sequence[Mapping[str, Any]],
+    void: int | Iterable[int] | None = None,
+    category_of: Callable[[int], int] = lambda value: value,
+) -> Callable[[int], int | None]:
+    """What `segments_from_values` asks for the label of a value.
+
+    Args:
+        categories: of the data set, in label order.
+        void: values that mean nobody knows. Default: of 0 and 255 those that stand for no category.
+        category_of: the id of the category that a value stands for.
+
+    Raises:
+        ValueError: `void` is no number or numbers.
+    """
+    label_of = {category["id"]: label for label, category in enumerate(categories)}
+    if void is None:
+        void = [value for value in VOID_VALUES if category_of(value) not in label_of]
+    void = [void] if isinstance(void, int) else list(void)
+    if not all(isinstance(value, int) for value in void):
+        raise ValueError(f"void must be one or more whole numbers, got {void}.")
+    return lambda value: None if value in void else label_of[category_of(value)]
+
+
+def segments_from_values(
+    values: np.ndarray, label_of: Callable[[int], int | None], file_name: str
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Segments of a map in which equal values are one segment.
+
+    Args:
+        values: `(height, width)` whole numbers.
+        label_of: the label id of a value, `None` for void; raises a KeyError for a value that has no meaning.
+        file_name: the map's file, for messages.
+
+    Returns:
+        `segment_map` and `segments` of a `Sample`; ids count from 1 in the order of values.
+
+    Raises:
+        SampleError: naming the values that have no meaning.
+    """
+    present = distinct_values(values)
+    labels, unknown = {}, []
+    for value in present.tolist():
+        try:
+            labels[value] = label_of(value)
+        except KeyError:
+            unknown.append(value)
+    if unknown:
+        raise SampleError(f"{file_name}: values {few(unknown)} stand for no category.")
+    kept = [value for value, label in labels.items() if label is not None]
+    ids = np.full(len(present), VOID, dtype=np.int32)
+    ids[np.isin(present, kept)] = np.arange(1, len(kept) + 1)
+    segments = [{"id": number, "label_id": labels[value], "iscrowd": 0} for number, value in enumerate(kept, start=1)]
+    return ids[np.searchsorted(present, values)], segments
