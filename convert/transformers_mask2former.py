@@ -37,7 +37,7 @@ from transformers.utils import (
 
 from proscale_hf import ProScaleMask2FormerConfig, ProScaleMask2FormerForUniversalSegmentation
 from proscale_hf.auto_registration import image_processor_class
-from proscale_hf.configuration_proscale_mask2former import ENCODERS, PIXEL_EMBEDDINGS, TOKEN_RECALIBRATIONS
+from proscale_hf.configuration_proscale_mask2former import PIXEL_EMBEDDINGS, TOKEN_RECALIBRATIONS
 from proscale_hf.data.categories import CATEGORY_SETS, load_categories
 from proscale_hf.hub import explain
 
@@ -56,6 +56,13 @@ SAME_MODEL = {
     "token_recalibration": "none",
     "pixel_embedding": "conv",
     "mask_padding": False,  # transformers takes padding for image
+}
+# What the command line lets one choose with each encoder; with Mask2Former's, the model is the same as in transformers.
+SETTINGS_OF_ENCODERS = {
+    "proscale": ("encoder_stage_layers", "token_recalibration", "pixel_embedding"),
+    "lite": ("pixel_embedding",),
+    "rt": ("pixel_embedding",),
+    "mask2former": (),
 }
 PROCESSOR_SETTINGS = (
     "do_convert_rgb",
@@ -318,9 +325,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_output_options(parser)
     parser.add_argument(
         "--encoder",
-        choices=ENCODERS,
+        choices=SETTINGS_OF_ENCODERS,
         default="mask2former",
-        help="mask2former: the same model; proscale: to be fine-tuned (default: %(default)s)",
+        help="mask2former: the same model; the others: to be fine-tuned (default: %(default)s)",
     )
     defaults = ProScaleMask2FormerConfig
     parser.add_argument(
@@ -337,8 +344,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--pixel-embedding",
-        choices=PIXEL_EMBEDDINGS,
-        help="with the proscale encoder; conv keeps Mask2Former's convolution and its weights "
+        choices=[kind for kind in PIXEL_EMBEDDINGS if kind != "none"],  # which needs a backbone with three maps
+        help="with another encoder than mask2former; conv keeps Mask2Former's convolution and its weights "
         f"(default: {defaults.pixel_embedding})",
     )
     return parser
@@ -365,15 +372,18 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _encoder_settings(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("encoder_stage_layers", "token_recalibration", "pixel_embedding")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if options.encoder == "proscale":
-        defaults = {name: getattr(ProScaleMask2FormerConfig, name) for name in (*names, "mask_padding")}
-        return {"encoder": "proscale", **defaults, **given}
-    if given:
-        option = next(iter(given)).replace("_", "-")
-        raise ConversionError(f"--{option} changes the model; it needs --encoder proscale.")
-    return {}
+    given = {
+        name: getattr(options, name) for name in SETTINGS_OF_ENCODERS["proscale"] if getattr(options, name) is not None
+    }
+    own = SETTINGS_OF_ENCODERS[options.encoder]
+    for name in given:
+        if name not in own:
+            encoders = " or ".join(encoder for encoder, names in SETTINGS_OF_ENCODERS.items() if name in names)
+            raise ConversionError(f"--{name.replace('_', '-')} changes the model; it needs --encoder {encoders}.")
+    if not own:
+        return {}
+    defaults = {name: getattr(ProScaleMask2FormerConfig, name) for name in (*own, "mask_padding")}
+    return {"encoder": options.encoder, **defaults, **given}
 
 
 def summary(conversion: Conversion, output: Path) -> str:
@@ -395,7 +405,7 @@ def summary(conversion: Conversion, output: Path) -> str:
     ):
         if names:
             lines += [f"{what}: {len(names)}", *(f"  {line}" for line in grouped(names))]
-    if conversion.new:
+    if config.encoder != "mask2former":
         lines.append("Fine-tune the model before you use it.")
     return "\n".join(lines)
 

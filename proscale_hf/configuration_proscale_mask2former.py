@@ -17,10 +17,10 @@ from transformers.activations import ACT2FN
 from .model_names import resolved
 
 
-ENCODERS = ("proscale", "mask2former")
+ENCODERS = ("proscale", "mask2former", "lite", "rt")
 TOKEN_RECALIBRATIONS = ("none", "linear", "conv")
 TOKEN_RECALIBRATION_LAYOUTS = ("paper", "original")
-PIXEL_EMBEDDINGS = ("maxpool", "avgpool", "conv")
+PIXEL_EMBEDDINGS = ("maxpool", "avgpool", "conv", "none")
 NORM_GROUPS = 32  # GroupNorm groups in the pixel decoder, as in Mask2Former
 LARGEST_CATEGORY_ID = 2**31 - 1
 
@@ -48,14 +48,16 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
             object is shared with the model, not copied.
         encoder (`str`, defaults to `"proscale"`):
             Transformer encoder of the pixel decoder. `"proscale"`: tokens of larger maps enter in later stages
-            (paper, section 3.1). `"mask2former"`: all tokens in every layer.
+            (paper, section 3.1). `"mask2former"`: all tokens in every layer. The paper's baselines: `"lite"`,
+            Lite-DETR's, where only the last layer changes the finest map; `"rt"`, RT-DETR's, attention in the coarsest
+            map and convolutions across scales.
         encoder_stage_layers (`list[int]`, defaults to `(3, 3, 3)`):
             (p1, p2, p3): number of layers in each stage of the `"proscale"` encoder, one entry per token scale,
             coarse to fine.
         encoder_layers (`int`, defaults to 6):
-            Number of layers of the `"mask2former"` encoder. Not read by `"proscale"`.
+            Number of layers of the `"mask2former"` and `"lite"` encoders. Not read by the others.
         encoder_num_points (`int`, defaults to 4):
-            Sampling points per head and level of the encoder's deformable attention.
+            Sampling points per head and level of the encoder's deformable attention. Not read by `"rt"`.
         encoder_feedforward_dim (`int`, defaults to 1024):
             Width of the feed-forward blocks in the encoder.
         token_recalibration (`str`, defaults to `"linear"`):
@@ -71,7 +73,9 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
             Add a stage's input tokens to the output of each of its layers, in all stages but the last.
         pixel_embedding (`str`, defaults to `"maxpool"`):
             What makes the per-pixel embedding at stride 4 (paper, section 3.1.1): `"maxpool"` or `"avgpool"` is the
-            light pixel embedding, without weights; `"conv"` is Mask2Former's 3x3 convolution.
+            light pixel embedding, without weights; `"conv"` is Mask2Former's 3x3 convolution. With `"none"` there is
+            no map that is the per-pixel embedding's alone: it is a projection of the encoder's finest map, and
+            `feature_strides` and the backbone leave out the largest map, as in the paper's RT-M2F.
         mask_padding (`bool`, defaults to `True`):
             With a `pixel_mask`, treat each image of a batch as it would be treated alone: padded to a multiple of
             the largest feature stride, and no further. Its result then does not depend on its batch mates, and the
@@ -102,7 +106,8 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
         dropout (`float`, defaults to 0.0):
             Dropout probability in encoder and mask decoder.
         common_stride (`int`, defaults to 4):
-            Stride of the per-pixel embedding; the maps of larger strides are the encoder's.
+            Stride of the per-pixel embedding and of the masks; the maps of larger strides are the encoder's.
+            With `pixel_embedding="none"` the map of this stride is the encoder's too, and the usual value is 8.
         feature_strides (`list[int]`, defaults to `(4, 8, 16, 32)`):
             Strides of the backbone's feature maps, fine to coarse.
         ignore_value (`int`, defaults to 255):
@@ -227,7 +232,8 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
     @property
     def encoder_strides(self) -> tuple[int, ...]:
         """Strides of the maps that the encoder gets, coarse to fine."""
-        return tuple(sorted((s for s in self.feature_strides if s > self.common_stride), reverse=True))
+        finest = 0 if self.pixel_embedding == "none" else 1
+        return tuple(reversed(self.feature_strides[finest:]))
 
     def category(self, label_id: int) -> dict[str, Any] | None:
         """
@@ -262,6 +268,8 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
                 f"`encoder_stage_layers` must be {scales} numbers of at least 1, one per token scale, "
                 f"got {tuple(self.encoder_stage_layers)}."
             )
+        if self.encoder == "lite" and scales < 2:
+            raise ValueError("`encoder` 'lite' needs maps of at least two strides: one that it changes less often.")
         for name, minimum in (
             ("encoder_layers", 1),
             ("encoder_num_points", 1),

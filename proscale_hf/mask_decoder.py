@@ -217,7 +217,7 @@ class MaskedAttentionLayer(GradientCheckpointingLayer):
         self.pre_norm = config.pre_norm
         self.cross_attn = MaskedCrossAttention(config)
         self.cross_attn_layer_norm = nn.LayerNorm(channels)
-        self.self_attn = QuerySelfAttention(config)
+        self.self_attn = SelfAttention(config, channels)
         self.self_attn_layer_norm = nn.LayerNorm(channels)
         self.fc1 = nn.Linear(channels, config.dim_feedforward)
         self.fc2 = nn.Linear(config.dim_feedforward, channels)
@@ -304,16 +304,16 @@ class MaskedCrossAttention(nn.Module):
         return self.out_proj(output), attention
 
 
-class QuerySelfAttention(nn.Module):
-    """Queries attend to each other.
+class SelfAttention(nn.Module):
+    """Queries, or the tokens of a map, attend to each other.
 
     Args:
         config: the model's configuration.
+        channels: of the queries or tokens.
     """
 
-    def __init__(self, config: ProScaleMask2FormerConfig):
+    def __init__(self, config: ProScaleMask2FormerConfig, channels: int):
         super().__init__()
-        channels = config.hidden_dim
         self.config = config
         self.q_proj = nn.Linear(channels, channels)
         self.k_proj = nn.Linear(channels, channels)
@@ -321,10 +321,18 @@ class QuerySelfAttention(nn.Module):
         self.out_proj = nn.Linear(channels, channels)
 
     def forward(
-        self, hidden_states: torch.Tensor, query_positions: torch.Tensor, output_attentions: bool = False
+        self, hidden_states: torch.Tensor, positions: torch.Tensor, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Arguments as in [`MaskedAttentionLayer.forward`]; returns (batch, queries, channels) and the weights."""
-        positioned = hidden_states + query_positions
+        """
+        Args:
+            hidden_states: (batch, queries, channels).
+            positions: (queries, channels) or (1, queries, channels), added for queries and keys, not for values.
+            output_attentions: return the weights.
+
+        Returns:
+            (batch, queries, channels), and the weights (batch, heads, queries, queries) or None.
+        """
+        positioned = hidden_states + positions
         query, key, value = self.q_proj(positioned), self.k_proj(positioned), self.v_proj(hidden_states)
         output, attention = multi_head_attention(self, query, key, value, None, output_attentions)
         return self.out_proj(output), attention

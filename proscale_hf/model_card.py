@@ -64,6 +64,17 @@ MASK2FORMER_PAPER = """@inproceedings{cheng2022masked,
 }"""
 
 
+# as PRO-SCALE's tables call them
+ARCHITECTURES = {"mask2former": "Mask2Former", "lite": "Lite-M2F", "rt": "RT-M2F"}
+ENCODER_DESCRIPTIONS = {
+    "mask2former": "a multi-scale deformable-attention encoder",
+    "lite": "the encoder of [Lite-DETR](https://arxiv.org/abs/2303.07446), which changes the largest map only in its "
+    "last layer",
+    "rt": "the encoder of [RT-DETR](https://arxiv.org/abs/2304.08069), attention in the smallest map and convolutions "
+    "across scales",
+}
+
+
 def model_card(
     model_or_config: Any,
     image_processor: Any = None,
@@ -159,7 +170,8 @@ def _tasks(things: Mapping[int, bool | None]) -> list[str]:
 def _architecture(config: ProScaleMask2FormerConfig) -> str:
     if config.encoder == "proscale":
         return f"PRO-SCALE ({', '.join(map(str, config.encoder_stage_layers))})"
-    return "Mask2Former" if config.pixel_embedding == "conv" else "Mask2Former with light pixel embedding"
+    is_light = config.pixel_embedding in ("maxpool", "avgpool")
+    return ARCHITECTURES[config.encoder] + (" with light pixel embedding" if is_light else "")
 
 
 def _backbone_name(backbone: Any) -> str:
@@ -178,9 +190,9 @@ def _description(config: ProScaleMask2FormerConfig) -> str:
     mask2former = "[Mask2Former](https://arxiv.org/abs/2112.01527)"
     if config.encoder != "proscale":
         return (
-            f"An image segmentation model of the {mask2former} architecture: a multi-scale deformable-attention "
-            "encoder, and a decoder whose queries look only where their own masks are. One model gives panoptic, "
-            "instance and semantic results."
+            f"An image segmentation model of the {mask2former} architecture: "
+            f"{ENCODER_DESCRIPTIONS[config.encoder]}, and a decoder whose queries look only where their own masks "
+            "are. One model gives panoptic, instance and semantic results."
         )
     return (
         "An image segmentation model: [PRO-SCALE](https://arxiv.org/abs/2404.14657) makes the encoder of "
@@ -195,8 +207,11 @@ def _facts(config: ProScaleMask2FormerConfig, settings: Mapping[str, Any], thing
     if config.encoder == "proscale":
         layers = ", ".join(map(str, config.encoder_stage_layers))
         facts.append(("Encoder", f"PRO-SCALE, layers per stage ({layers})"))
+    elif config.encoder == "rt":
+        facts.append(("Encoder", "RT-DETR"))
     else:
-        facts.append(("Encoder", f"Mask2Former, {config.encoder_layers} layers"))
+        paper = "Lite-DETR" if config.encoder == "lite" else "Mask2Former"
+        facts.append(("Encoder", f"{paper}, {config.encoder_layers} layers"))
     kinds = [name for flag, name in ((True, "things"), (False, "stuff"), (None, "of unknown kind"))]
     counts = [list(things.values()).count(flag) for flag in (True, False, None)]
     known = ", ".join(f"{count} {kind}" for count, kind in zip(counts, kinds, strict=True) if count)
@@ -352,7 +367,7 @@ def _license(weights_license: str | None) -> str:
 
 
 def _citation(config: ProScaleMask2FormerConfig) -> str:
-    is_proscale = config.encoder == "proscale" or config.pixel_embedding != "conv"
+    is_proscale = config.encoder != "mask2former" or config.pixel_embedding != "conv"
     papers = [PROSCALE_PAPER, MASK2FORMER_PAPER] if is_proscale else [MASK2FORMER_PAPER]
     return "## Citation\n\n```bibtex\n" + "\n\n".join(papers) + "\n```"
 

@@ -112,7 +112,12 @@ class ProScaleMask2FormerPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["DeformableEncoderLayer", "MaskedAttentionLayer"]  # noqa: RUF012 - as transformers has it
+    _no_split_modules = [  # noqa: RUF012 - as transformers has it
+        "DeformableEncoderLayer",
+        "IntraScaleLayer",
+        "Fusion",
+        "MaskedAttentionLayer",
+    ]
     deformable_attention_backend = PYTORCH  # or the kernel's repository or folder
 
     @classmethod

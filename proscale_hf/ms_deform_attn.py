@@ -198,7 +198,7 @@ class TokenGrid(NamedTuple):
 
 
 class DeformableSelfAttention(nn.Module):
-    """The projections around [`MultiScaleDeformableAttention`]: tokens of all levels attend to a few points per level.
+    """The projections around [`MultiScaleDeformableAttention`]: tokens attend to a few points of each level.
 
     Args:
         embed_dim: channels of the tokens.
@@ -223,27 +223,28 @@ class DeformableSelfAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: torch.Tensor,
         grid: TokenGrid,
+        num_queries: int | None = None,
     ) -> torch.Tensor:
         """
         Args:
             hidden_states: (batch, tokens, channels).
             position_embeddings: (1, tokens, channels), added for the queries, not for the values.
             grid: where the tokens lie.
+            num_queries: how many tokens attend, from the first one on; all by default. They attend to all tokens.
 
         Returns:
-            (batch, tokens, channels).
+            (batch, num_queries, channels).
         """
-        batch, tokens, channels = hidden_states.shape
-        per_head = (batch, tokens, self.num_heads)
-        queries = hidden_states + position_embeddings
+        queries = hidden_states[:, :num_queries] + position_embeddings[:, :num_queries]
+        per_query = (*queries.shape[:2], self.num_heads)
         output = self.attention(
-            self.value_proj(hidden_states).view(*per_head, channels // self.num_heads),
+            self.value_proj(hidden_states).unflatten(2, (self.num_heads, -1)),  # (batch, tokens, heads, head_dim)
             grid.shapes,
             grid.shapes_list,
             grid.level_start_index,
-            grid.reference_points[None, :, None],
-            self.sampling_offsets(queries).view(*per_head, self.num_levels, self.num_points, 2),
-            self.attention_weights(queries).view(*per_head, self.num_levels * self.num_points),
+            grid.reference_points[None, :num_queries, None],
+            self.sampling_offsets(queries).view(*per_query, self.num_levels, self.num_points, 2),
+            self.attention_weights(queries).view(*per_query, self.num_levels * self.num_points),
         )
         return self.output_proj(output)
 
@@ -297,10 +298,11 @@ class DeformableEncoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         position_embeddings: torch.Tensor,
         grid: TokenGrid,
+        num_queries: int | None = None,
     ) -> torch.Tensor:
-        """Arguments and result as in [`DeformableSelfAttention.forward`]."""
-        attended = self.self_attn(hidden_states, position_embeddings, grid)
-        hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(attended))
+        """Arguments and result as in [`DeformableSelfAttention.forward`]: of all tokens, those that attend return."""
+        attended = self.self_attn(hidden_states, position_embeddings, grid, num_queries)
+        hidden_states = self.self_attn_layer_norm(hidden_states[:, :num_queries] + self.dropout(attended))
         expanded = self.dropout(nn.functional.relu(self.fc1(hidden_states), inplace=True))
         return self.final_layer_norm(hidden_states + self.dropout(self.fc2(expanded)))
 

@@ -22,7 +22,7 @@ class PixelLevelModuleOutput(ModelOutput):
     Attributes:
         backbone_maps: (batch, channels, height, width) each, fine to coarse.
         multi_scale_features: (batch, feature_size, height, width) each, coarse to fine.
-        mask_features: (batch, mask_feature_size, height / 4, width / 4).
+        mask_features: (batch, mask_feature_size, height / 4, width / 4), or at the finest stride there is.
     """
 
     backbone_maps: tuple[torch.Tensor, ...] | None = None
@@ -40,6 +40,7 @@ class PixelLevelModule(nn.Module):
     def __init__(self, config: ProScaleMask2FormerConfig):
         super().__init__()
         self.strides = tuple(config.feature_strides)
+        self.encoder_strides = config.encoder_strides
         self.encoder = load_backbone(config)
         if len(self.encoder.channels) != len(self.strides):
             raise ValueError(
@@ -98,7 +99,7 @@ class PixelLevelModule(nn.Module):
         coarse_to_fine = zip(*(o.multi_scale_features for o in outputs), strict=True)
         return PixelLevelModuleOutput(
             backbone_maps=tuple(map(batched, fine_to_coarse, self.strides)),
-            multi_scale_features=tuple(map(batched, coarse_to_fine, self.strides[:0:-1])),
+            multi_scale_features=tuple(map(batched, coarse_to_fine, self.encoder_strides)),
             mask_features=batched([o.mask_features for o in outputs], self.strides[0], mode="replicate"),
         )
 

@@ -20,11 +20,12 @@ def test_defaults_are_the_papers_swin_tiny_model():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"encoder": "deformable"}, "'proscale', 'mask2former'.*'deformable'"),
+        ({"encoder": "deformable"}, "'proscale', 'mask2former', 'lite', 'rt'.*'deformable'"),
+        ({"encoder": "lite", "feature_strides": (4, 8), "encoder_stage_layers": (1,)}, "at least two strides"),
         ({"token_recalibration": True}, "token_recalibration"),
         ({"token_recalibration": "mlp"}, "'none', 'linear', 'conv'"),
         ({"token_recalibration_layout": "transposed"}, "'paper', 'original'"),
-        ({"pixel_embedding": "minpool"}, "'maxpool', 'avgpool', 'conv'"),
+        ({"pixel_embedding": "minpool"}, "'maxpool', 'avgpool', 'conv', 'none'"),
         ({"encoder_stage_layers": (3, 3)}, "3 numbers"),
         ({"encoder_stage_layers": (3, 0, 3)}, "at least 1"),
         ({"feature_size": 48}, "multiple of 32"),
@@ -72,6 +73,11 @@ def test_saved_and_loaded_is_the_same(tmp_path, changes):
     assert {k: v for k, v in left.items() if not isinstance(v, tuple)} == {
         k: v for k, v in right.items() if not isinstance(left[k], tuple)
     }
+
+
+def test_without_a_map_for_the_per_pixel_embedding_alone_all_are_the_encoders():
+    config = tiny_config(pixel_embedding="none", common_stride=8, feature_strides=(8, 16, 32))
+    assert config.encoder_strides == (32, 16, 8)
 
 
 def test_a_configuration_of_mask2former_can_be_read(tmp_path):

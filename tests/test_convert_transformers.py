@@ -415,6 +415,27 @@ def test_names_are_grouped():
     ]
 
 
+# With the paper's other encoders
+
+
+def test_the_layers_of_lite_are_mask2formers(saved, tmp_path, capsys):
+    command = ["--model", str(saved[1]), "--output", str(tmp_path / "lite"), "--encoder", "lite"]
+    assert main([*command, "--pixel-embedding", "conv"]) == 0
+    assert "Fine-tune" in capsys.readouterr().out
+    model = ProScaleMask2FormerForUniversalSegmentation.from_pretrained(tmp_path / "lite")
+    assert model.config.encoder == "lite"
+    source = saved[0].state_dict()
+    assert all(torch.equal(tensor, source[name]) for name, tensor in model.state_dict().items())
+
+
+def test_rt_takes_over_all_but_the_encoder(saved):
+    conversion = convert_model(saved[1], encoder="rt", pixel_embedding="maxpool")
+    encoder = ENCODER.removesuffix("layers.")
+    assert all(name.startswith(encoder) for name in conversion.new)
+    assert not any(name.startswith(encoder) for name in conversion.taken)
+    assert conversion.model(pixels()).class_queries_logits.isfinite().all()
+
+
 # What cannot be converted
 
 
@@ -504,7 +525,8 @@ def test_tensors_that_transformers_does_not_know_are_listed(copy_of):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--encoder-stage-layers", "3,3,3"), "needs --encoder proscale"),
+        (("--encoder-stage-layers", "3,3,3"), "needs --encoder proscale."),
+        (("--encoder", "lite", "--token-recalibration", "none"), "needs --encoder proscale."),
         (("--pixel-embedding", "conv"), "--pixel-embedding changes the model"),
         (("--encoder", "proscale", "--encoder-stage-layers", "3,3"), "3 numbers of at least 1"),
         (("--encoder", "proscale", "--encoder-stage-layers", "3,0,3"), "3 numbers of at least 1"),

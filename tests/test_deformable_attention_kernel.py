@@ -143,9 +143,10 @@ def test_kernel_configs_that_cannot_be_meant(mapping, message):
 
 @needs_library
 @pytest.mark.skipif(not list(KERNEL_FOLDER.glob("build/torch*")), reason="the kernel is not built: make kernel")
-def test_the_built_kernel_gives_what_pytorch_gives(monkeypatch):
+@pytest.mark.parametrize("encoder", ["proscale", "lite"])
+def test_the_built_kernel_gives_what_pytorch_gives(monkeypatch, encoder):
     monkeypatch.setenv(kernel.FOLDER_VARIABLE, str(KERNEL_FOLDER))
-    reference, model = tiny_model(), tiny_model()
+    reference, model = tiny_model(encoder=encoder), tiny_model(encoder=encoder)
     model.set_use_kernels(True)
     assert model.deformable_attention_backend == str(KERNEL_FOLDER)
     for name in ("masks_queries_logits", "class_queries_logits"):

@@ -197,6 +197,9 @@ def test_backbones_and_architectures_have_their_names():
         ({"backbone_config": {**swin_large, **stages}}, "PRO-SCALE (3, 3, 3), Swin-L"),
         ({"backbone_config": {"model_type": "resnet", "depths": [3, 4, 23, 3], **stages}}, "ResNet-101"),
         ({"backbone_config": dict(TINY_RESNET)}, "PRO-SCALE (3, 3, 3), a resnet backbone"),
+        ({"encoder": "lite", "pixel_embedding": "conv"}, "Lite-M2F, Swin-T"),
+        ({"encoder": "lite"}, "Lite-M2F with light pixel embedding, Swin-T"),
+        ({"encoder": "rt", "pixel_embedding": "conv"}, "RT-M2F, Swin-T"),
         ({"encoder": "mask2former", "pixel_embedding": "conv"}, "Mask2Former, Swin-T"),
     ):
         card = model_card(ProScaleMask2FormerConfig(**settings))

@@ -17,25 +17,35 @@ from transformers import (
     Mask2FormerForUniversalSegmentation,
 )
 
-from helpers import TINY_RESNET, labels, pixels, tiny_config, tiny_model
+from helpers import TINY_RESNET, TINY_SWIN, labels, pixels, tiny_config, tiny_model
 from proscale_hf import (
     ProScaleMask2FormerConfig,
     ProScaleMask2FormerForUniversalSegmentation,
     ProScaleMask2FormerModel,
     ProScaleMask2FormerPreTrainedModel,
 )
+from proscale_hf.encoder_rt import ConvolutionNorm
 from proscale_hf.encoders import ENCODER_CLASSES
 from proscale_hf.mask_decoder import MaskedCrossAttention, MaskEmbedderLinear
 from proscale_hf.ms_deform_attn import AttentionLogits, SamplingOffsets
 from proscale_hf.packed_masks import pack_masks
 
 
+WITHOUT_LARGEST_MAP = {
+    "pixel_embedding": "none",
+    "common_stride": 8,
+    "feature_strides": (8, 16, 32),
+    "backbone_config": {**TINY_SWIN, "out_features": ["stage2", "stage3", "stage4"]},
+}
 VARIANTS = [
     {},
     {"encoder": "mask2former", "pixel_embedding": "conv", "token_recalibration": "none"},
     {"token_recalibration": "conv", "token_recalibration_layout": "original", "pixel_embedding": "avgpool"},
     {"token_recalibration_layout": "original", "stage_residual": True},
     {"backbone_config": TINY_RESNET, "pre_norm": True, "hidden_dim": 48},
+    {"encoder": "lite"},
+    {"encoder": "rt"},
+    {"encoder": "rt", **WITHOUT_LARGEST_MAP},
 ]
 
 
@@ -67,10 +77,11 @@ def test_shapes(changes):
     model = tiny_model(**changes)
     output = model(pixels(), output_hidden_states=True, output_attentions=True, output_auxiliary_logits=True)
     assert output.class_queries_logits.shape == (2, 7, 5)
-    assert output.masks_queries_logits.shape == (2, 7, 16, 24)
-    assert [m.shape[-2:] for m in output.encoder_hidden_states] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+    sizes = [(64 // stride, 96 // stride) for stride in model.config.feature_strides]
+    assert output.masks_queries_logits.shape == (2, 7, *sizes[0])
+    assert [m.shape[-2:] for m in output.encoder_hidden_states] == sizes
     assert [m.shape[1:] for m in output.pixel_decoder_hidden_states] == [(32, 2, 3), (32, 4, 6), (32, 8, 12)]
-    assert output.pixel_decoder_last_hidden_state.shape == (2, 16, 16, 24)
+    assert output.pixel_decoder_last_hidden_state.shape == (2, 16, *sizes[0])
     hidden = model.config.hidden_dim
     assert [h.shape for h in output.transformer_decoder_hidden_states] == [(2, 7, hidden)] * 5
     assert [a.shape for a in output.attentions] == [(2, 4, 7, 7)] * 4
@@ -223,19 +234,21 @@ def test_no_objects_and_more_objects_than_queries_train(objects):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_changes_nothing(use_reentrant):
-    plain = tiny_model().train()
+@pytest.mark.parametrize("encoder", sorted(ENCODER_CLASSES))
+def test_gradient_checkpointing_changes_nothing(encoder, use_reentrant):
+    plain = tiny_model(encoder=encoder).double().train()  # rounding is not what this is about
     checkpointed = copy.deepcopy(plain)
     enable = getattr(checkpointed, "activation_checkpointing_enable", checkpointed.gradient_checkpointing_enable)
     enable({"use_reentrant": use_reentrant})
     assert checkpointed.is_gradient_checkpointing
-    images = pixels().requires_grad_()
+    images = pixels().double().requires_grad_()
     for model in (plain, checkpointed):
         torch.manual_seed(0)
         model(images, **labels()).loss.backward()
     for (name, a), (_, b) in zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True):
         if a.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, msg=name)
+    torch.testing.assert_close(dict(plain.named_buffers()), dict(checkpointed.named_buffers()))  # batch statistics
 
 
 @pytest.mark.parametrize("freeze", [True, False])
@@ -324,7 +337,8 @@ def test_an_image_does_not_depend_on_its_batch_mates(changes):
             pixel_mask=pixel_mask[i : i + 1, :height, :width],
         )
         assert difference(together[0][i], alone[0][0]) < 1e-4
-        assert difference(together[1][i, :, : height // 4, : width // 4], alone[1][0]) < 1e-4
+        stride = model.config.common_stride
+        assert difference(together[1][i, :, : height // stride, : width // stride], alone[1][0]) < 1e-4
         # resized as post-processing does, the image's border must not see what lies beyond
         upsampled = nn.functional.interpolate(together[1][i : i + 1], size=(64, 128), mode="bilinear")
         expected = nn.functional.interpolate(alone[1], size=(height, width), mode="bilinear")
@@ -341,9 +355,10 @@ def test_a_batch_of_any_size_is_padded_to_the_stride(changes):
         pixel_mask[i, :height, :width] = 1
     together = logits_of(model, pixel_values, pixel_mask=pixel_mask)
     alone = logits_of(model, pixel_values[1:, :, :20, :50], pixel_mask=pixel_mask[1:, :20, :50])
-    assert together[1].shape[-2:] == (16, 24)
+    stride = model.config.common_stride
+    assert together[1].shape[-2:] == (64 // stride, 96 // stride)
     assert difference(together[0][1], alone[0][0]) < 1e-4
-    assert difference(together[1][1, :, :8, :16], alone[1][0]) < 1e-4
+    assert difference(together[1][1, :, : 32 // stride, : 64 // stride], alone[1][0]) < 1e-4
 
     given = labels((2, 1), 33, 65)
     padded = [nn.functional.pad(masks, (0, 31, 0, 31)) for masks in given["mask_labels"]]
@@ -419,8 +434,9 @@ def test_image_sizes_come_from_the_pixel_mask():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bit_weights(dtype):
-    reference = tiny_model()
+@pytest.mark.parametrize("encoder", sorted(ENCODER_CLASSES))
+def test_16_bit_weights(encoder, dtype):
+    reference = tiny_model(encoder=encoder)
     model = copy.deepcopy(reference).to(dtype)
     output = model(pixels(), **labels())
     assert output.class_queries_logits.dtype == output.masks_queries_logits.dtype == dtype
@@ -430,8 +446,9 @@ def test_16_bit_weights(dtype):
     assert change.abs().mean() < 0.02
 
 
-def test_autocast_trains():
-    model = tiny_model().train()
+@pytest.mark.parametrize("encoder", sorted(ENCODER_CLASSES))
+def test_autocast_trains(encoder):
+    model = tiny_model(encoder=encoder).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(pixels(), **labels()).loss
     loss.backward()
@@ -476,8 +493,9 @@ def test_compiles_without_a_graph_break(encoder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("with_mask", [False, True])
-def test_exports(with_mask):
-    model = tiny_model()
+@pytest.mark.parametrize("encoder", sorted(ENCODER_CLASSES))
+def test_exports(encoder, with_mask):
+    model = tiny_model(encoder=encoder)
     given = {"pixel_mask": torch.ones(2, 64, 96, dtype=torch.int64)} if with_mask else {}
     program = torch.export.export(model, (pixels(),), given, strict=False)
     exported = program.module()(pixels(seed=5), **given)
@@ -488,9 +506,10 @@ def test_exports(with_mask):
 # -- weights: initial values, saving, loading
 
 
-def test_initial_values(tmp_path):
+@pytest.mark.parametrize("encoder", sorted(ENCODER_CLASSES))
+def test_initial_values(encoder):
     torch.manual_seed(0)
-    model = ProScaleMask2FormerForUniversalSegmentation(tiny_config())
+    model = ProScaleMask2FormerForUniversalSegmentation(tiny_config(encoder=encoder))
     for module in model.modules():
         if isinstance(module, SamplingOffsets):
             heads, levels, points, _ = module.shape
@@ -505,6 +524,11 @@ def test_initial_values(tmp_path):
             assert abs(module.in_proj_weight.std() - (2 / (4 * 32)) ** 0.5) < 0.01
         elif isinstance(module, MaskEmbedderLinear):
             assert 0.8 / 32**0.5 < module.weight.abs().max() <= 1 / 32**0.5
+        elif isinstance(module, nn.BatchNorm2d):
+            assert module.weight.min() == 1 and module.bias.abs().max() == 0
+        elif isinstance(module, ConvolutionNorm):
+            bound = (3 / module[0].weight[0].numel()) ** 0.5
+            assert 0.8 < module[0].weight.abs().max() / bound <= 1
     layer = model.model.transformer_module.decoder.layers[0]
     projection = model.model.pixel_level_module.decoder.input_projections[0][0]
     assert 0.8 < projection.weight.abs().max() / (3 / projection.in_channels) ** 0.5 <= 1

@@ -48,6 +48,14 @@ def test_pixel_embedding(kind):
     assert output.mask_features.shape == (2, 16, 16, 24)
 
 
+def test_without_a_map_of_its_own_the_per_pixel_embedding_is_a_projection_of_the_finest_map():
+    config = tiny_config(pixel_embedding="none", feature_strides=(8, 16, 32), common_stride=8)
+    decoder = PixelDecoder(config, CHANNELS[1:]).eval()
+    output = decoder(backbone_maps()[1:])
+    assert [m.shape[-2:] for m in output.multi_scale_features] == [(2, 3), (4, 6), (8, 12)]
+    torch.testing.assert_close(output.mask_features, decoder.mask_projection(output.multi_scale_features[-1]))
+
+
 def test_maps_come_out_coarse_to_fine():
     decoder = PixelDecoder(tiny_config(), CHANNELS).eval()
     assert [m.shape[-2:] for m in decoder(backbone_maps()).multi_scale_features] == [(2, 3), (4, 6), (8, 12)]
