@@ -144,6 +144,29 @@ def test_thin_images_keep_a_pixel():
     assert new_image.shape == (3, 1, 102) and new_planes.shape == (2, 1, 102)
 
 
+@pytest.mark.parametrize("name, size", [("large_scale_jitter", (96, 128)), ("short_edge_crop", (48, 64))])
+def test_small_images_are_filled_up(name, size):
+    image, planes, class_labels = half_planes(60, 91)
+    image = image.clamp(max=100)
+    small, filled = (build_augmentation(RECIPES[name] | {"pad": pad}) for pad in (False, True))
+    smaller = 0
+    for seed in range(25):
+        torch.manual_seed(seed)
+        as_is, planes_as_is = small(image, planes, class_labels)
+        torch.manual_seed(seed)
+        new_image, new_planes = filled(image, planes, class_labels)
+        assert new_image.dtype == new_planes.dtype == torch.uint8
+        assert new_image.shape[1:] == new_planes.shape[1:] == size
+        height, width = as_is.shape[1:]
+        assert torch.equal(new_image[:, :height, :width], as_is)
+        assert torch.equal(new_planes[:, :height, :width], planes_as_is)
+        is_grey = (new_image == 128).all(0)
+        assert not is_grey[:height, :width].any() and is_grey.sum() == size[0] * size[1] - height * width
+        assert not new_planes[:, is_grey].any()  # background, not void
+        smaller += bool(is_grey.any())
+    assert 5 < smaller < 25
+
+
 def test_short_edges_are_chosen_evenly_and_windows_lie_anywhere():
     transform = ShortEdgeCrop((40, 64, 100), 150, (48, 64))
     draws = params_of(transform, image_of(50, 100), 3000)
@@ -347,6 +370,7 @@ def test_documented_recipes_are_the_published_ones():
         ({"name": "short_edge_crop", "crop": [512]}, r"crop must be \[height, width\]"),
         ({"name": "short_edge_crop", "single_category_max_area": -1}, "single_category_max_area must be a number"),
         ({"name": "short_edge_crop", "color_jitter": "yes"}, "color_jitter must be true or false"),
+        ({"name": "large_scale_jitter", "pad": 1}, "pad must be true or false"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):

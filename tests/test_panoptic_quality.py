@@ -1,19 +1,22 @@
-"""Panoptic quality: recorded numbers of the reference, the rules for void and crowds, and bad input."""
+"""Panoptic quality: recorded numbers of the reference, the rules for void and crowds, files and bad input."""
 
 import json
+import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from proscale_hf.evaluation import panoptic_quality
 from proscale_hf.evaluation.panoptic_quality import (
     PanopticQuality,
     count_overlaps,
     panoptic_quality_of_files,
-    read_segment_map,
+    read_colors,
 )
 
 
@@ -94,20 +97,61 @@ def test_nothing_seen_gives_zeros():
     assert result["All"] == {"pq": 0.0, "sq": 0.0, "rq": 0.0, "n": 0}
 
 
-def test_overlaps_with_large_and_unsorted_ids():
-    prediction = np.array([[70000, 3], [3, 0]])
-    ground_truth = np.array([[16_777_215, 0], [2, 2]])
-    overlaps = count_overlaps(prediction, ground_truth, [0, 70000, 3], [0, 2, 16_777_215])
-    assert overlaps.tolist() == [[0, 1, 0], [0, 0, 1], [1, 1, 0]]
+def test_measures_of_parts_add_up():
+    found = (np.array([[9, 9, 8, 8]]), [segment(9, THING), segment(8, STUFF)])
+    true = (np.array([[9, 9, 9, 8]]), [segment(9, THING), segment(8, STUFF)])
+    whole, first, second = (PanopticQuality([THING], [STUFF]) for _ in range(3))
+    for part, image in ((first, found), (second, true), (second, found)):
+        part.update(*image, *true)
+        whole.update(*image, *true)
+    first.merge(pickle.loads(pickle.dumps(second.state())))
+    assert first.compute() == whole.compute()
+    assert first.true_positives[THING] == 3
+    with pytest.raises(ValueError, match="other categories"):
+        first.merge(PanopticQuality([THING], []).state())
+
+
+def test_crowds_of_several_categories():
+    """Each excuses predictions of its own category; of two of one category the last listed does."""
+    crowds = [segment(1, THING, iscrowd=1), segment(2, OTHER_THING, iscrowd=1), segment(3, OTHER_THING, iscrowd=1)]
+    prediction = [[4, 4, 5, 5, 6, 6]]
+    segments = [segment(4, THING), segment(5, OTHER_THING), segment(6, OTHER_THING)]
+    quality = measure(prediction, segments, [[1, 1, 2, 2, 3, 3]], crowds)
+    assert quality.false_positives == {THING: 0, OTHER_THING: 1, STUFF: 0}
+
+
+def test_ground_truth_is_taken_as_it_comes():
+    """As the reference does: what has no pixels is missed, what is not listed is not void, listed areas count."""
+    quality = measure([[4, 4, 0]], [segment(4, THING)], [[8, 8, 0]], [segment(3, STUFF), segment(5, 99)])
+    assert (quality.false_positives[THING], quality.false_negatives[STUFF]) == (1, 1)
+    quality = measure([[4, 4]], [segment(4, THING)], [[5, 5]], [segment(5, THING, area=3)])
+    assert quality.compute()["Things"]["sq"] == pytest.approx(2 / 3)
+
+
+def as_colors(segment_map):
+    return (segment_map[..., None] // 256 ** np.arange(3) % 256).astype(np.uint8)  # (height, width, 3)
+
+
+@pytest.mark.parametrize("shape", [(7, 9), (1, 1)])
+def test_overlaps_of_ids_and_colors(shape):
+    generator = np.random.default_rng(0)
+    ids = np.array([0, 3, 259, 70_000, 16_777_215])
+    first, second = ids[generator.integers(0, 5, (2, *shape))]
+    expected = [[np.sum((first == i) & (second == j)) for j in np.unique(second)] for i in np.unique(first)]
+    for first_map, second_map in ((first, second), (as_colors(first), as_colors(second))):
+        first_ids, second_ids, pixels = count_overlaps(first_map, second_map)
+        assert (first_ids.tolist(), second_ids.tolist()) == (np.unique(first).tolist(), np.unique(second).tolist())
+        assert pixels.tolist() == expected
 
 
 @pytest.mark.parametrize(
     ("prediction", "segments", "message"),
     [
-        (np.zeros((2, 3), int), [], "one size"),
-        (np.ones((2, 2), int), [], r"ids \[1\] are in the map alone"),
-        (np.zeros((2, 2), int), [segment(4, THING)], r"ids \[4\] in the list alone"),
-        (np.ones((2, 2), int), [segment(1, 99)], r"unknown categories \[99\]"),
+        (np.zeros((2, 3), int), [], "one size, but are 2 x 3 and 2 x 2"),
+        (np.zeros((2, 2, 3), int), [], r"but are \(2, 2, 3\) and \(2, 2\)"),
+        (np.ones((2, 2), int), [], r"segments \[1\] of the prediction are in its map \(PNG\), not"),
+        (np.zeros((2, 2), int), [segment(4, THING)], r"segments \[4\] of the prediction are in its list \(JSON\), not"),
+        (np.ones((2, 2), int), [segment(1, 99)], "segment 1 of the prediction has the unknown category 99"),
         (np.ones((2, 2), int), [segment(1, THING), segment(1, STUFF)], "twice"),
     ],
 )
@@ -121,9 +165,50 @@ def test_category_cannot_be_thing_and_stuff():
         PanopticQuality([THING, STUFF], [STUFF])
 
 
-def test_file_names_stay_in_their_folder():
-    with pytest.raises(ValueError, match="plain file name"):
-        read_segment_map(FIXTURE / "panoptic_gt", "../panoptic_pred/000000.png")
+@pytest.mark.parametrize("name", ["../panoptic_pred/000000.png", "/etc/hostname"])
+def test_file_names_stay_in_their_folder(name):
+    with pytest.raises(ValueError, match="inside"):
+        read_colors(FIXTURE / "panoptic_gt", name)
+
+
+def test_pictures_that_are_no_maps_of_colors_are_named(tmp_path):
+    Image.new("P", (2, 2)).save(tmp_path / "palette.png")
+    (tmp_path / "damaged.png").write_bytes(b"PNG")
+    for name, message in (("palette", "its mode is P"), ("damaged", "cannot be read"), ("absent", "there is no file")):
+        with pytest.raises(ValueError, match=rf"{name}\.png.*{message}|{message}.*{name}\.png"):
+            read_colors(tmp_path, f"{name}.png")
+
+
+def test_opacity_is_no_part_of_the_id(tmp_path):
+    Image.new("RGBA", (2, 1), (1, 2, 3, 4)).save(tmp_path / "map.png")
+    assert read_colors(tmp_path, "map.png").tolist() == [[[1, 2, 3], [1, 2, 3]]]
+
+
+def test_several_processes_give_the_same(monkeypatch):
+    monkeypatch.setattr(panoptic_quality, "IMAGES_AT_A_TIME", 2)
+    paths = [FIXTURE / name for name in FILES]
+    assert panoptic_quality_of_files(*paths, processes=2) == panoptic_quality_of_files(*paths, processes=1)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_errors_in_files_name_the_image(tmp_path, monkeypatch, processes):
+    monkeypatch.setattr(panoptic_quality, "IMAGES_AT_A_TIME", 2)
+    shutil.copytree(FIXTURE, tmp_path, dirs_exist_ok=True)
+    content = json.loads((FIXTURE / "panoptic_pred.json").read_text())
+    annotation = content["annotations"][-1]
+    removed = annotation["segments_info"].pop()
+    (tmp_path / "panoptic_pred.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"image {annotation['image_id']}: segments \[{removed['id']}\]"):
+        panoptic_quality_of_files(*(tmp_path / name for name in FILES), processes=processes)
+
+
+def test_predictions_of_other_images_are_ignored(tmp_path):
+    content = json.loads((FIXTURE / "panoptic_pred.json").read_text())
+    content["annotations"].append({"image_id": -1, "file_name": "nowhere.png", "segments_info": []})
+    (tmp_path / "more.json").write_text(json.dumps(content))
+    paths = [FIXTURE / name for name in FILES]
+    more = [*paths[:2], tmp_path / "more.json", paths[3]]
+    assert panoptic_quality_of_files(*more, processes=1) == panoptic_quality_of_files(*paths, processes=1)
 
 
 def command_arguments(*paths):
@@ -145,7 +230,7 @@ def test_command_prints_json():
         ('{"annotations": []}', "not in the COCO-panoptic format"),
         (
             '{"categories": [], "annotations": [{"image_id": 3, "file_name": "a", "segments_info": []}]}',
-            "no prediction",
+            "no prediction for the images with ids [3]",
         ),
     ],
 )

@@ -40,7 +40,7 @@ def to_markdown(measurements: Sequence[Measurement], workload: Workload, command
             ]
         )
     lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
-    machine = ", ".join(f"{name} {value}" for name, value in versions(workload).items())
+    machine = ", ".join(f"{name} {value}" for name, value in versions(workload.device, workload.threads).items())
     return "\n".join((f"`{command}`", "", machine, "", *lines))
 
 
@@ -48,7 +48,7 @@ def to_json(measurements: Sequence[Measurement], workload: Workload, command: st
     """The same as plain values; times in seconds, memory in bytes."""
     return {
         "command": command,
-        "machine": versions(workload),
+        "machine": versions(workload.device, workload.threads),
         "workload": asdict(workload),
         "results": [
             {**asdict(m), "median": m.median, "spread": m.spread, "candidate": str(m.candidate)} for m in measurements
@@ -56,18 +56,23 @@ def to_json(measurements: Sequence[Measurement], workload: Workload, command: st
     }
 
 
-def versions(workload: Workload) -> dict[str, str]:
-    """What the numbers depend on: processor or accelerator, threads, versions."""
+def versions(device: str, threads: int = 0) -> dict[str, str]:
+    """What the numbers depend on: processor or accelerator, threads, versions.
+
+    Args:
+        device: where the model runs.
+        threads: of the CPU; 0: those that PyTorch uses now.
+    """
     import torch
     import transformers
 
-    if torch.device(workload.device).type == "cuda":
-        machine = {"device": torch.cuda.get_device_name(workload.device)}
+    if torch.device(device).type == "cuda":
+        machine = {"device": torch.cuda.get_device_name(device)}
     else:
         machine = {
             "processor": processor_name(),
             "cores": str(os.cpu_count()),
-            "threads": str(workload.threads or torch.get_num_threads()),
+            "threads": str(threads or torch.get_num_threads()),
         }
     return {
         **machine,

@@ -8,6 +8,8 @@ from typing import NoReturn
 
 from .benchmark import add_benchmark_command
 from .console import CommandError
+from .evaluate import add_evaluate_command
+from .first_look import add_first_look_command
 from .segment import add_segment_command
 
 
@@ -24,6 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_OneLineParser)
     add_segment_command(commands)
     add_benchmark_command(commands)
+    add_evaluate_command(commands)
+    add_first_look_command(commands)
     return parser
 
 

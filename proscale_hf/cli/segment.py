@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .console import CommandError, progress, user_errors
+from .device import add_device_options, place_model
 from .loading import load_model
 
 
@@ -38,6 +39,7 @@ def add_segment_command(commands: argparse._SubParsersAction) -> None:
         metavar="FILE",
         help="also write class, the data set's id of it, score, area, box and mask (COCO's encoding) of each segment",
     )
+    add_device_options(parser)
     parser.set_defaults(run=run_segment)
 
 
@@ -65,6 +67,7 @@ def run_segment(options: argparse.Namespace) -> None:
         image = load_image(options.photo)
     with progress("loading the model"):
         model, processor = load_model(options.model)
+        place_model(model, options)
     with progress("segmenting"), user_errors():
         segments = segment_image(image, model, processor, options.task)
     categories = {segment.label_id: model.config.category(segment.label_id) or {} for segment in segments}
@@ -98,7 +101,7 @@ def segment_image(image: Any, model: Any, processor: Any, task: str) -> list[Any
     from ..visualization import segments_from_label_map, segments_from_result
 
     try:
-        inputs = processor(images=[image], return_tensors="pt")
+        inputs = processor(images=[image], return_tensors="pt").to(model.device)
         with torch.inference_mode():
             outputs = model(**inputs)
     except (RuntimeError, MemoryError) as error:  # torch says so when memory does not suffice

@@ -1,7 +1,7 @@
 """Augmentation: the recipes Mask2Former and PRO-SCALE were trained with, as torchvision v2 transforms.
 
-torchvision's parts are used where they compute what the recipes need. Own steps are two, for the reasons that
-docs/augmentation.md gives: resizing and cropping in one, and the colour jitter.
+torchvision's parts are used where they compute what the recipes need. Own steps are three: resizing and cropping in
+one, and the colour jitter, for the reasons that docs/augmentation.md gives, and filling up to a size.
 
 Targets are packed masks (`packed_masks.py`): planes of an image that hold one bit for each object.
 """
@@ -31,6 +31,7 @@ except ImportError as error:
 Size = tuple[int, int]  # (height, width)
 Window = tuple[int, int, int, int]  # (top, left, height, width)
 
+GREY = 128  # of what is filled up
 CROP_ATTEMPTS = 10  # at a window that keeps to `single_category_max_area`; the last one is taken as it is
 
 # Half-widths and ranges of the colour jitter of SSD (https://arxiv.org/abs/1512.02325), for values of 0 to 1.
@@ -99,21 +100,24 @@ def build_augmentation(settings: Mapping[str, Any]) -> Augmentation:
 
 
 def large_scale_jitter(
-    scale: Sequence[float] = (0.1, 2.0), size: Sequence[int] = (1024, 1024), flip: float = 0.5
+    scale: Sequence[float] = (0.1, 2.0), size: Sequence[int] = (1024, 1024), flip: float = 0.5, pad: bool = False
 ) -> Augmentation:
     """Large-scale jitter and a crop, the recipe for COCO (https://arxiv.org/abs/2012.07177).
 
     Args:
         scale: least and largest factor on `size`. The image is resized to fit into that box.
-        size: (height, width). What sticks out of it is cropped away; nothing is padded.
+        size: (height, width). What sticks out of it is cropped away.
         flip: probability of mirroring left and right.
+        pad: fill smaller images up to `size`, see `FillUp`.
     """
     check_share("flip", flip)
+    check_switch("pad", pad)
     check_list("scale", scale, "[least, largest]", int | float)
     if scale[0] > scale[1]:
         raise ValueError(f"augmentation: scale must be [least, largest], got {scale!r}")
     check_list("size", size, "[height, width]")
-    return Augmentation(v2.Compose([v2.RandomHorizontalFlip(flip), LargeScaleJitter(tuple(scale), tuple(size))]))
+    steps = [v2.RandomHorizontalFlip(flip), LargeScaleJitter(tuple(scale), tuple(size))]
+    return Augmentation(v2.Compose([*steps, FillUp(tuple(size))] if pad else steps))
 
 
 def short_edge_crop(
@@ -123,30 +127,36 @@ def short_edge_crop(
     single_category_max_area: float = 1.0,
     color_jitter: bool = True,
     flip: float = 0.5,
+    pad: bool = False,
 ) -> Augmentation:
     """A random size, a random crop and random colours, the recipe for Cityscapes and ADE20K.
 
     Args:
         short_edge: lengths in pixels of the image's short edge to choose from.
         longest_edge: pixels; where the long edge would get longer, the image is resized to this one instead.
-        crop: (height, width) of the window. Smaller images stay whole.
+        crop: (height, width) of the window. Of smaller images, all is kept.
         single_category_max_area: below 1, a window is drawn again, 10 times at most, if it has but one class, or
             one with this share or more of the labelled area.
         color_jitter: change brightness, contrast, saturation and hue as SSD does.
         flip: probability of mirroring left and right.
+        pad: fill smaller images up to `crop`, see `FillUp`.
     """
     check_share("flip", flip)
     check_list("short_edge", short_edge, "a list of lengths")
     check_positive("longest_edge", longest_edge)
     check_list("crop", crop, "[height, width]")
     check_share("single_category_max_area", single_category_max_area)
-    if not isinstance(color_jitter, bool):
-        raise ValueError(f"augmentation: color_jitter must be true or false, got {color_jitter!r}")
+    check_switch("color_jitter", color_jitter)
+    check_switch("pad", pad)
     steps = [
         v2.RandomHorizontalFlip(flip),
         ShortEdgeCrop(tuple(short_edge), longest_edge, tuple(crop), single_category_max_area),
     ]
-    return Augmentation(v2.Compose([*steps, ColorJitter()] if color_jitter else steps))
+    if color_jitter:
+        steps.append(ColorJitter())
+    if pad:
+        steps.append(FillUp(tuple(crop)))
+    return Augmentation(v2.Compose(steps))
 
 
 def resize(short_edge: int = 800, longest_edge: int = 1333, flip: float = 0.5) -> Augmentation:
@@ -231,6 +241,29 @@ class ShortEdgeCrop(ResizeAndCrop):
         areas = object_areas(resized_window(planes, size, window), len(class_labels))
         class_areas = torch.bincount(class_labels, weights=areas, minlength=1)
         return bool(class_areas.max() < self.single_category_max_area * class_areas.sum())
+
+
+class FillUp(v2.Transform):
+    """Fills images up to one size, at the bottom and the right: with grey, which belongs to no object.
+
+    So a batch has one size, and the model, the loss too, takes what was filled up for a part of the image.
+
+    Args:
+        size: (height, width) of the result; images must not be larger.
+    """
+
+    def __init__(self, size: Size):
+        super().__init__()
+        self.size = size
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.query_size(flat_inputs)
+        return {"padding": [0, 0, self.size[1] - width, self.size[0] - height]}  # left, top, right, bottom
+
+    def transform(self, inpt: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
+        if isinstance(inpt, ClassLabels):
+            return inpt
+        return F.pad(inpt, **params, fill=GREY if isinstance(inpt, tv_tensors.Image) else 0)
 
 
 class ColorJitter(v2.Transform):
@@ -325,6 +358,12 @@ def check_share(key: str, value: Any) -> None:
     """Raises a ValueError unless `value` is a number of 0 to 1."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ValueError(f"augmentation: {key} must be a number from 0 to 1, got {value!r}")
+
+
+def check_switch(key: str, value: Any) -> None:
+    """Raises a ValueError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise ValueError(f"augmentation: {key} must be true or false, got {value!r}")
 
 
 def check_positive(key: str, value: Any, number_type: type = int) -> None:

@@ -135,19 +135,24 @@ class SegmentationDataset(torch.utils.data.Dataset):
         if not -len(self) <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         if self.on_error == "raise":
-            return self._read(index)
+            return self.read(index)
         for step in range(len(self)):
             candidate = (index + step) % len(self)
             if self._is_bad[candidate]:
                 continue
             try:
-                return self._read(candidate)
+                return self.read(candidate)
             except SampleError as error:
                 self._is_bad[candidate] = True
                 logger.warning(f"Left out: {error}")
         raise SampleError(f"None of the {len(self)} images can be used; the first is {self.rows[0]['image']}.")
 
-    def _read(self, index: int) -> Sample:
+    def read(self, index: int) -> Sample:
+        """One image and its segments, whatever `on_error` says.
+
+        Raises:
+            SampleError: they cannot be used.
+        """
         sample = self.source.read(self.rows[index])
         labels = {segment["label_id"] for segment in sample.segments}
         if unknown := labels - set(range(len(self.categories))):

@@ -1,0 +1,59 @@
+"""Choosing a data set on the command line: `--dataset NAME --set OPTION=VALUE ...`."""
+
+import argparse
+import json
+from typing import Any
+
+from .console import CommandError, user_errors
+
+
+def add_dataset_options(parser: argparse.ArgumentParser) -> None:
+    """Adds `--dataset` and `--set` to a subcommand."""
+    parser.add_argument("--dataset", required=True, metavar="NAME", help="coco_panoptic, for example")
+    parser.add_argument(
+        "--set",
+        action="append",
+        type=setting,
+        default=[],
+        dest="dataset_settings",
+        metavar="OPTION=VALUE",
+        help="an option of the data set, such as root=FOLDER or split=val2017; may be given several times",
+    )
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """`"root=coco"`; true, false and lists such as [0,255] are taken for what they are, all else for text."""
+    name, separator, value = text.partition("=")
+    if not name or not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not OPTION=VALUE")
+    if value in ("true", "false") or value.startswith("["):
+        try:
+            return name, json.loads(value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"the value of {text!r} is no list") from error
+    return name, value
+
+
+def open_chosen_dataset(options: argparse.Namespace, **settings: Any) -> Any:
+    """The `SegmentationDataset` that the command line names.
+
+    Args:
+        options: the parsed command line.
+        settings: further arguments of `open_dataset`.
+
+    Raises:
+        CommandError: it cannot be opened, or a library for it is missing.
+    """
+    try:
+        import datasets
+
+        from ..data.sources import open_dataset
+    except ImportError as error:
+        raise CommandError(f'{error.name} is not installed: pip install "proscale-hf[evaluate]"') from error
+
+    datasets.disable_progress_bars()
+    chosen = dict(options.dataset_settings)
+    if len(chosen) < len(options.dataset_settings):
+        raise CommandError("--set gives the same option twice", exit_code=2)
+    with user_errors():
+        return open_dataset(options.dataset, **settings, **chosen)

@@ -1,0 +1,191 @@
+"""`proscale evaluate`: PQ, AP and mIoU of a model on a data set, in one pass."""
+
+import argparse
+import contextlib
+import importlib
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .console import CommandError, progress, user_errors
+from .dataset_options import add_dataset_options, open_chosen_dataset
+from .device import add_device_options, place_model
+from .loading import load_model
+from .numbers import natural, positive
+from .segment import TASKS
+
+
+def add_evaluate_command(commands: argparse._SubParsersAction) -> None:
+    """Adds the subcommand to the `proscale` command."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure a model on a data set",
+        description="Print panoptic quality (PQ, SQ, RQ), mask AP of the things and mean IoU of a model as a Markdown "
+        "table, all measured in one pass over a data set.",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="DIR-OR-HUB-ID",
+        help="a folder, a Hub id or a short name (default: the small demo model that comes with the package)",
+    )
+    add_dataset_options(parser)
+    parser.add_argument(
+        "--on-error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="what an image or annotation that cannot be used does (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tasks", type=task_list, metavar="TASK,...", help=f"of {', '.join(TASKS)} (default: all that the data allow)"
+    )
+    parser.add_argument(
+        "--instance-annotations",
+        metavar="FILE",
+        help="COCO instance JSON to measure AP against, as the paper does for COCO (default: the data set's things)",
+    )
+    parser.add_argument("--output", metavar="DIR", help="new folder for results.json and results.md")
+    parser.add_argument("--save-predictions", action="store_true", help="put them there, too, as COCO files")
+    parser.add_argument("--samples", type=positive, metavar="N", help="only the first N images")
+    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images at a time (default: 1)")
+    parser.add_argument(
+        "--workers", type=natural, default=2, metavar="N", help="processes that read images (default: 2)"
+    )
+    add_device_options(parser)
+    parser.set_defaults(run=run_evaluate)
+
+
+def task_list(text: str) -> list[str]:
+    """`"panoptic,semantic"`."""
+    tasks = text.split(",")
+    if unknown := [task for task in tasks if task not in TASKS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no task; choose from {', '.join(TASKS)}")
+    return tasks
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    """Carries the subcommand out, in each process if `accelerate launch` started several.
+
+    Args:
+        options: the parsed command line.
+
+    Raises:
+        CommandError: anything that the user can mend.
+    """
+    if options.save_predictions and options.output is None:
+        raise CommandError("--save-predictions needs --output, the folder to put them into", exit_code=2)
+    with needed_libraries():
+        importlib.import_module("pycocotools")  # needed later, when much time would be lost
+
+        from ..evaluation.agreement import choose_tasks
+        from ..evaluation.instance_truth import InstanceAnnotations
+        from ..evaluation.report import to_markdown
+        from ..output_folder import check_new_folder
+    if options.output is not None:
+        with user_errors(exit_code=2):
+            check_new_folder(Path(options.output))
+    with needed_libraries("train"):
+        accelerator = join_processes(options.device)
+    truth = None
+    with progress("opening the data set"), user_errors(), main_process_first(accelerator):
+        dataset = open_chosen_dataset(options, on_error=options.on_error)
+        if options.instance_annotations is not None:
+            truth = InstanceAnnotations(options.instance_annotations, dataset.categories)
+        tasks = choose_tasks(dataset, options.tasks, truth)
+        if options.samples is not None:
+            dataset = dataset.select(range(min(options.samples, len(dataset))))
+    with progress("loading the model"):
+        model, image_processor = load_model(options.model)
+        place_model(model, options, None if accelerator is None else accelerator.device)
+    report = measure(options, model, image_processor, dataset, accelerator, tasks=tasks, instance_annotations=truth)
+    if accelerator is None or accelerator.is_main_process:
+        print(to_markdown(report), end="")
+    if accelerator is not None:
+        accelerator.end_training()
+
+
+@contextlib.contextmanager
+def needed_libraries(extra: str = "evaluate") -> Iterator[None]:
+    """Turns the absence of an optional library into one line that says what to install."""
+    try:
+        yield
+    except ImportError as error:
+        raise CommandError(f'{error.name} is not installed: pip install "proscale-hf[{extra}]"') from error
+
+
+def join_processes(device: str | None) -> Any:
+    """The `Accelerator` of this process if `accelerate launch` (or torchrun) started several, else None."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    if device not in (None, "cpu"):
+        raise CommandError("with several processes, --device can only be cpu: each takes its own GPU", exit_code=2)
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=device == "cpu")
+
+
+def main_process_first(accelerator: Any) -> contextlib.AbstractContextManager:
+    """What one process puts into a cache, the others find there."""
+    return contextlib.nullcontext() if accelerator is None else accelerator.main_process_first()
+
+
+def measure(
+    options: argparse.Namespace, model: Any, image_processor: Any, dataset: Any, accelerator: Any, **settings: Any
+) -> dict[str, Any]:
+    """Evaluates, and writes what `--output` and `--save-predictions` ask for; what the report is made of."""
+    from ..evaluation.coco_files import PredictionFiles, merge_parts
+    from ..evaluation.evaluator import evaluate
+    from ..evaluation.report import write_report
+    from ..image_io import one_line
+    from ..output_folder import folder_written_whole
+
+    rank, is_main = (0, True) if accelerator is None else (accelerator.process_index, accelerator.is_main_process)
+    with user_errors(), contextlib.ExitStack() as stack:
+        files = None
+        if options.output is not None:
+            folder = stack.enter_context(folder_written_whole(Path(options.output), accelerator))
+            if options.save_predictions:
+                files = stack.enter_context(PredictionFiles(folder, dataset.categories, rank))
+        if not sys.stderr.isatty():
+            stack.enter_context(progress(f"evaluating {len(dataset)} images"))
+        try:
+            results = evaluate(
+                model,
+                image_processor,
+                dataset,
+                batch_size=options.batch_size,
+                workers=options.workers,
+                accelerator=accelerator,
+                files=files,
+                show_progress=True,
+                **settings,
+            )
+        except (RuntimeError, MemoryError) as error:  # torch says so when memory does not suffice
+            raise CommandError(f"the evaluation failed: {one_line(error)}") from error
+        report = {**describe(options, model, dataset, accelerator), **results}
+        if files is not None:
+            files.close()
+            if accelerator is not None:
+                accelerator.wait_for_everyone()
+            if is_main:
+                merge_parts(folder, dataset.categories)
+        if options.output is not None and is_main:
+            write_report(report, folder)
+    return report
+
+
+def describe(options: argparse.Namespace, model: Any, dataset: Any, accelerator: Any) -> dict[str, Any]:
+    """What the numbers depend on."""
+    from .. import __version__
+    from ..benchmarking.tables import versions
+
+    words = sys.argv[2:] if sys.argv[1:2] == ["evaluate"] else sys.argv[1:]  # without it: examples/evaluate.py
+    processes = {} if accelerator is None else {"processes": str(accelerator.num_processes)}
+    return {
+        "command": shlex.join(("proscale", "evaluate", *words)),
+        "model": options.model or "demo",
+        "versions": {**versions(model.device), **processes, "proscale_hf": __version__},
+        "categories": dataset.categories,
+    }
