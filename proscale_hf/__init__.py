@@ -1,17 +1,17 @@
 """PRO-SCALE on the Mask2Former architecture for Hugging Face Transformers.
 
-Importing the package registers its classes with transformers' Auto classes. The model and the image processors are
-imported when they are first used: they bring torchvision along where it is installed.
+Importing the package registers its classes with transformers' Auto classes. Everything else is imported when it is
+first used, transformers too: that takes seconds, which not every command needs.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 from .auto_registration import register_with_auto_classes
-from .configuration_proscale_mask2former import ProScaleMask2FormerConfig
 
 
 if TYPE_CHECKING:
+    from .configuration_proscale_mask2former import ProScaleMask2FormerConfig
     from .image_processing_pil_proscale_mask2former import ProScaleMask2FormerImageProcessorPil
     from .image_processing_proscale_mask2former import ProScaleMask2FormerImageProcessor
     from .modeling_proscale_mask2former import (
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 LAZY_NAMES = {
+    "ProScaleMask2FormerConfig": "configuration_proscale_mask2former",
     "ProScaleMask2FormerForUniversalSegmentation": "modeling_proscale_mask2former",
     "ProScaleMask2FormerModel": "modeling_proscale_mask2former",
     "ProScaleMask2FormerPreTrainedModel": "modeling_proscale_mask2former",

@@ -48,3 +48,21 @@ def test_unknown_names_are_no_attributes():
         "False",
         "True",
     ]
+
+
+def test_the_package_alone_imports_neither_torch_nor_transformers():
+    assert run("import proscale_hf, sys; print({'torch', 'transformers'} & set(sys.modules))") == ["set()"]
+
+
+@pytest.mark.parametrize(
+    "first", ["", "from transformers import AutoConfig", "import transformers.models.auto.modeling_auto"]
+)
+def test_configurations_and_models_are_registered_in_any_order(first):
+    code = f"""
+{first}
+import proscale_hf
+from transformers import AutoConfig, AutoModelForUniversalSegmentation
+config = AutoConfig.for_model("proscale_mask2former")
+print(type(config).__name__, AutoModelForUniversalSegmentation._model_mapping[type(config)].__name__)
+"""
+    assert run(code) == ["ProScaleMask2FormerConfig", "ProScaleMask2FormerForUniversalSegmentation"]

@@ -104,8 +104,8 @@ class Sample:
     def _pack_masks(self) -> tuple[torch.Tensor, torch.Tensor]:
         from pycocotools import mask as coco_mask  # optional: only instance data needs it
 
-        areas = coco_mask.area(self.masks) if self.masks else []
-        visible = [index for index, area in enumerate(areas) if area]
+        # one by one: for lists of more than 255 the library's type of sizes overflows
+        visible = [index for index, mask in enumerate(self.masks) if coco_mask.area(mask)]
         objects = [index for index in visible if not self.segments[index]["iscrowd"]]
         crowds = [self.masks[index] for index in visible if self.segments[index]["iscrowd"]]
         planes = np.zeros((number_of_planes(len(objects)), self.image.height, self.image.width), dtype=np.uint8)

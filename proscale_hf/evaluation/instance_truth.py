@@ -29,7 +29,7 @@ class ThingSegments:
         things = [(i, segment) for i, segment in enumerate(sample.segments) if segment["label_id"] in self.thing_ids]
         if sample.masks is None:
             masks = [encode_mask(sample.segment_map == segment["id"]) for _, segment in things]
-            areas = coco_mask.area(masks).tolist() if masks else []
+            areas = [int(coco_mask.area(mask)) for mask in masks]  # a list of more than 255 overflows
         else:
             masks = [sample.masks[index] for index, _ in things]
             areas = [segment["area"] for _, segment in things]
