@@ -1,198 +1,152 @@
-"""Train a small PRO-SCALE Mask2Former with `Trainer` on the demo scenes: it makes the shipped model.
+"""Train a model by a recipe, with transformers' `Trainer`; see docs/training.md.
 
-    python examples/train.py --output_dir demo_model
+    python examples/train.py --config examples/configs/demo_scenes.yaml --output_dir run
 
-A new model's backbone first learns to classify single pixels, see `pretrain_backbone.py`.
-Every option of `TrainingArguments` can be given. To fine-tune a model instead of starting a new one, name it
-with `--model_name_or_path`. Each scene is seen once: there is no end of them.
+On several GPUs or machines:
+
+    accelerate launch --config_file examples/configs/accelerate/8_gpus.yaml examples/train.py \
+        --config examples/configs/coco_swin_t.yaml --output_dir run data.train.root=/data/coco
+
+What a recipe says can be changed as `section.key=value`; what it does not say are options of `TrainingArguments`.
 """
 
+import os
+import re
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
-
-import torch
-from demo_scenes import ID2LABEL, STUFF_LABEL_IDS, DemoScenes, Scene
-from evaluate_demo import measure_panoptic_quality
-from pretrain_backbone import pretrain_backbone
-from transformers import HfArgumentParser, ResNetConfig, Trainer, TrainingArguments, set_seed
-
-from proscale_hf import (
-    ProScaleMask2FormerConfig,
-    ProScaleMask2FormerForUniversalSegmentation,
-    ProScaleMask2FormerImageProcessorPil,
-)
+from pathlib import Path
+from typing import NoReturn
 
 
-# Scenes of one size make one group in the backbone, whose batch norm then sees the whole batch.
-TRAIN_SIZE = (128, 128)
+try:
+    from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArguments
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.trainer import TRAINER_STATE_NAME
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from proscale_hf.image_io import write_whole
+    from proscale_hf.training.checkpoint import save_model
+    from proscale_hf.training.optimization import count_steps
+    from proscale_hf.training.recipe import Recipe, load_recipe
+    from proscale_hf.training.setup import load_datasets, load_model_and_processor, training_set
+    from proscale_hf.training.trainer import SegmentationTrainer, training_settings
+except ImportError as error:
+    sys.exit(f'error: {error}; training needs more packages: pip install "proscale-hf[train]"')
+
+OVERRIDE = re.compile(r"\w+(\.\w+)*=")
+# Options with which one would say something twice, and where a recipe says it.
+OF_THE_RECIPE = {
+    "learning_rate": "optimization.learning_rate",
+    "weight_decay": "optimization.weight_decay",
+    "lr_scheduler_type": "optimization.schedule",
+    "warmup_steps": "optimization.warmup_steps",
+    "max_steps": "optimization.max_steps",
+    "num_train_epochs": "optimization.epochs",
+    "per_device_train_batch_size": "optimization.device_batch_size",
+    "gradient_accumulation_steps": "optimization.batch_size",
+    "max_grad_norm": "optimization.clip",
+    "bf16": "optimization.precision",
+    "fp16": "optimization.precision",
+    "seed": "seed",
+    "data_seed": "seed",
+}
 
 
 @dataclass
-class ExampleArguments:
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "model to fine-tune (directory or Hub id); a new small one if not given"},
+class RecipeArguments:
+    config: str = field(metadata={"help": "recipe, such as those in examples/configs"})
+
+
+class OneLineParser(HfArgumentParser):
+    """Says what is wrong with a command line, without the hundred options of its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def parse_arguments(words: Sequence[str]) -> tuple[Recipe, TrainingArguments]:
+    """
+    Args:
+        words: of the command line, in any order.
+
+    Raises:
+        ValueError: the recipe cannot be meant, or an option is not possible or the recipe's business; one line.
+    """
+    overrides = [word for word in words if OVERRIDE.match(word)]
+    options = [word for word in words if not OVERRIDE.match(word)]
+    parser = OneLineParser(
+        (RecipeArguments, TrainingArguments), allow_abbrev=False, description=__doc__.splitlines()[0]
     )
-    pretraining_scenes: int = field(
-        default=12_000, metadata={"help": "scenes whose pixels a new backbone learns to classify first"}
+    given = parser.parse_args(options)
+    for word in options:
+        name = word.partition("=")[0].lstrip("-").replace("-", "_")
+        if word.startswith("--") and name in OF_THE_RECIPE:
+            raise ValueError(f"--{name} is up to the recipe: write {OF_THE_RECIPE[name]}=VALUE, without dashes")
+    if given.output_dir is None:
+        raise ValueError("give --output_dir, the folder for model and checkpoints")
+    recipe = load_recipe(given.config, overrides)
+    parser.set_defaults(**training_settings(recipe, processes=int(os.environ.get("WORLD_SIZE", 1))))
+    _, arguments = parser.parse_args_into_dataclasses(options)
+    trackers = {*get_available_reporting_integrations(), "none", "all"}
+    if missing := [name for name in arguments.report_to if name not in trackers]:
+        raise ValueError(f"--report_to {missing[0]} needs a package that is not installed")
+    return recipe, arguments
+
+
+def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
+    """The checkpoint that `--resume_from_checkpoint` names, or the newest of the output folder if it says `last`.
+
+    Raises:
+        ValueError: there is no such checkpoint, or there are some, but nothing is said about them.
+    """
+    given, output = arguments.resume_from_checkpoint, Path(arguments.output_dir)
+    newest = get_last_checkpoint(output) if output.is_dir() else None
+    if given is None and newest is not None:
+        raise ValueError(
+            f"{output} has checkpoints of another training: add --resume_from_checkpoint last, or choose another folder"
+        )
+    if given in (None, "last"):
+        return newest
+    if not Path(given, TRAINER_STATE_NAME).is_file():
+        raise ValueError(f"{given} is no checkpoint: give a folder checkpoint-N, or the word last")
+    return given
+
+
+def train(recipe: Recipe, arguments: TrainingArguments) -> None:
+    checkpoint = checkpoint_to_resume(arguments)
+    with arguments.main_process_first():
+        train_data, validation_data = load_datasets(recipe)
+    arguments.max_steps = count_steps(recipe.optimization, len(train_data))
+    model, image_processor = load_model_and_processor(recipe, train_data.categories)
+    trainer = SegmentationTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=training_set(recipe, train_data, image_processor),
+        eval_dataset=validation_data,
+        processing_class=image_processor,
+        optimization=recipe.optimization,
+        tasks=recipe.evaluation.tasks,
     )
-    train_scenes: int = field(default=80_000, metadata={"help": "scenes to train on, each seen once"})
-    evaluation_scenes: int = field(default=50, metadata={"help": "held-out scenes to measure PQ on, now and then"})
-    backbone_learning_rate_factor: float = field(
-        default=0.3,
-        metadata={"help": "learning rate of the backbone over that of the rest; 0.1 for fine-tuning"},
-    )
-
-
-@dataclass
-class DemoTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with defaults that suit a new small model on a CPU."""
-
-    num_train_epochs: float = field(default=1.0)
-    per_device_train_batch_size: int = field(default=8)
-    learning_rate: float = field(default=5e-4)
-    weight_decay: float = field(default=0.05)
-    lr_scheduler_type: str = field(default="cosine")
-    warmup_steps: float = field(default=100)
-    max_grad_norm: float = field(default=1.0)
-    logging_steps: float = field(default=100)
-    eval_strategy: str = field(default="steps")
-    eval_steps: float | None = field(default=2000)
-    save_steps: float = field(default=500)
-    save_total_limit: int | None = field(default=1)
-    dataloader_num_workers: int = field(default=1)
-    remove_unused_columns: bool | None = field(default=False)
-    report_to: str | None = field(default="none")
-    seed: int = field(default=0)
-
-
-class PanopticTrainer(Trainer):
-    """Trainer that evaluates by panoptic quality: metrics `eval_pq`, `eval_pq_things` and `eval_pq_stuff`."""
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        quality = measure_panoptic_quality(self.model, self.processing_class, eval_dataset or self.eval_dataset)
-        metrics = {
-            f"{metric_key_prefix}_pq": quality["All"]["pq"],
-            f"{metric_key_prefix}_pq_things": quality["Things"]["pq"],
-            f"{metric_key_prefix}_pq_stuff": quality["Stuff"]["pq"],
-        }
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-
-def small_config() -> ProScaleMask2FormerConfig:
-    """About 2 million parameters: a ResNet with basic blocks, and 64 channels from there on."""
-    backbone_config = ResNetConfig(
-        embedding_size=32,
-        hidden_sizes=[32, 64, 128, 160],
-        depths=[2, 2, 2, 2],
-        layer_type="basic",
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
-    return ProScaleMask2FormerConfig(
-        backbone_config=backbone_config,
-        freeze_backbone_batch_norm=False,
-        feature_size=64,
-        mask_feature_size=64,
-        hidden_dim=64,
-        encoder_stage_layers=(1, 1, 1),
-        token_recalibration="linear",
-        encoder_feedforward_dim=256,
-        dim_feedforward=256,
-        decoder_layers=6,
-        num_queries=30,
-        train_num_points=1024,
-        id2label=ID2LABEL,
-        label2id={name: label_id for label_id, name in ID2LABEL.items()},
-    )
-
-
-def create_image_processor() -> ProScaleMask2FormerImageProcessorPil:
-    return ProScaleMask2FormerImageProcessorPil(
-        size={"shortest_edge": 128, "longest_edge": 256}, label_ids_to_fuse=STUFF_LABEL_IDS
-    )
-
-
-def collate_scenes(scenes: list[Scene], image_processor) -> dict:
-    """Model inputs, with `mask_labels` and `class_labels`, of a batch of scenes."""
-    return image_processor(
-        images=[scene.image for scene in scenes],
-        segmentation_maps=[scene.segment_ids for scene in scenes],
-        instance_id_to_semantic_id=[scene.instance_id_to_semantic_id for scene in scenes],
-        return_tensors="pt",
-    )
-
-
-def create_optimizer(
-    model: torch.nn.Module, learning_rate: float, weight_decay: float, backbone_learning_rate_factor: float
-) -> torch.optim.Optimizer:
-    """AdamW; biases, norms and embeddings do not decay, and the backbone has a learning rate of its own."""
-    backbone_prefix = "model.pixel_level_module.encoder."
-    embeddings = {
-        parameter
-        for module in model.modules()
-        if isinstance(module, torch.nn.Embedding)
-        for parameter in module.parameters()
-    }
-    groups = {}
-    for name, parameter in model.named_parameters():
-        in_backbone = name.startswith(backbone_prefix)
-        decays = parameter.ndim > 1 and parameter not in embeddings and not name.endswith("level_embed")
-        groups.setdefault((in_backbone, decays), []).append(parameter)
-    return torch.optim.AdamW(
-        {
-            "params": parameters,
-            "lr": learning_rate * (backbone_learning_rate_factor if in_backbone else 1.0),
-            "weight_decay": weight_decay if decays else 0.0,
-        }
-        for (in_backbone, decays), parameters in groups.items()
-    )
+    if recipe.evaluation.patience is not None and validation_data is not None:
+        trainer.add_callback(EarlyStoppingCallback(recipe.evaluation.patience))
+    if arguments.should_save:
+        Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
+        write_whole(Path(arguments.output_dir, "recipe.yaml"), lambda file: file.write(recipe.to_yaml().encode()))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    save_model(trainer.accelerator, Path(arguments.output_dir), trainer.model, image_processor)
+    trainer.save_state()
+    if arguments.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.end_training()
 
 
 def main() -> None:
-    arguments, training_arguments = HfArgumentParser(
-        (ExampleArguments, DemoTrainingArguments)
-    ).parse_args_into_dataclasses()
-    set_seed(training_arguments.seed)
-    if arguments.model_name_or_path is None:
-        model = ProScaleMask2FormerForUniversalSegmentation(small_config())
-        image_processor = create_image_processor()
-        backbone_weights = pretrain_backbone(
-            model.config.backbone_config,
-            partial(collate_scenes, image_processor=image_processor),
-            training_arguments,
-            DemoScenes(arguments.pretraining_scenes, "train", training_arguments.seed + 1, TRAIN_SIZE),
-        )
-        model.model.pixel_level_module.encoder.load_state_dict(backbone_weights)
-    else:
-        model = ProScaleMask2FormerForUniversalSegmentation.from_pretrained(
-            arguments.model_name_or_path,
-            id2label=ID2LABEL,
-            label2id={name: label_id for label_id, name in ID2LABEL.items()},
-            ignore_mismatched_sizes=True,
-        )
-        image_processor = ProScaleMask2FormerImageProcessorPil.from_pretrained(
-            arguments.model_name_or_path, label_ids_to_fuse=STUFF_LABEL_IDS
-        )
-    optimizer = create_optimizer(
-        model,
-        training_arguments.learning_rate,
-        training_arguments.weight_decay,
-        arguments.backbone_learning_rate_factor,
-    )
-    trainer = PanopticTrainer(
-        model=model,
-        args=training_arguments,
-        train_dataset=DemoScenes(arguments.train_scenes, "train", training_arguments.seed, TRAIN_SIZE),
-        eval_dataset=DemoScenes(arguments.evaluation_scenes, "held-out", seed=1),
-        data_collator=partial(collate_scenes, image_processor=image_processor),
-        processing_class=image_processor,
-        optimizers=(optimizer, None),
-    )
-    trainer.train()
-    model.save_pretrained(training_arguments.output_dir)
-    image_processor.save_pretrained(training_arguments.output_dir)
+    try:
+        train(*parse_arguments(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        # an error of a worker that loads images comes with its traceback, and its text last
+        sys.exit(f"error: {str(error).strip().splitlines()[-1].rpartition('Error: ')[2]}")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,10 @@ from typing import Any
 
 def register_with_auto_classes() -> None:
     """Register configuration, models and image processors with transformers, each as soon as that is possible."""
+    configuration = f"{__package__}.configuration_proscale_mask2former"
     registrations = {
-        "transformers.models.auto.configuration_auto": register_configuration,
+        configuration: register_configuration,  # whichever of the two comes first brings the other along
+        "transformers.models.auto.configuration_auto": lambda _: importlib.import_module(configuration),
         "transformers.models.auto.modeling_auto": register_models,
         "transformers.models.auto.image_processing_auto": register_image_processors,
     }
@@ -30,10 +32,10 @@ def register_with_auto_classes() -> None:
             sys.meta_path.insert(0, AfterImport(name, register))
 
 
-def register_configuration(auto_module: ModuleType) -> None:
+def register_configuration(configuration_module: ModuleType) -> None:
     """Let `AutoConfig` find the configuration."""
-    config_class = sys.modules[__package__].ProScaleMask2FormerConfig
-    auto_module.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    config_class = configuration_module.ProScaleMask2FormerConfig
+    configuration_module.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
 
 def register_models(auto_module: ModuleType) -> None:

@@ -4,6 +4,7 @@ Field names are those of transformers' `Mask2FormerConfig` wherever the meaning 
 (https://arxiv.org/abs/2404.14657, section 3 and appendix C) is `encoder` to `stage_residual`.
 """
 
+import copy
 import os
 import reprlib
 from collections import Counter
@@ -15,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .model_names import resolved
+from .presets import BACKBONES, preset_settings
 
 
 ENCODERS = ("proscale", "mask2former", "lite", "rt")
@@ -23,16 +25,6 @@ TOKEN_RECALIBRATION_LAYOUTS = ("paper", "original")
 PIXEL_EMBEDDINGS = ("maxpool", "avgpool", "conv", "none")
 NORM_GROUPS = 32  # GroupNorm groups in the pixel decoder, as in Mask2Former
 LARGEST_CATEGORY_ID = 2**31 - 1
-
-SWIN_TINY = {
-    "model_type": "swin",
-    "embed_dim": 96,
-    "depths": [2, 2, 6, 2],
-    "num_heads": [3, 6, 12, 24],
-    "window_size": 7,
-    "drop_path_rate": 0.3,
-    "out_features": ["stage1", "stage2", "stage3", "stage4"],
-}
 
 
 @strict
@@ -215,7 +207,7 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any):
         if self.backbone_config is None:
-            self.backbone_config = dict(SWIN_TINY)
+            self.backbone_config = BACKBONES["swin-t"]
         if isinstance(self.backbone_config, dict):
             self.backbone_config = _backbone_config_from_dict(self.backbone_config)
         super().__post_init__(**kwargs)
@@ -228,6 +220,20 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
         """As in transformers, and also by the short name of a published model, see `model_names.py`."""
         with resolved(pretrained_model_name_or_path) as source:
             return super().from_pretrained(source, **kwargs)
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> "ProScaleMask2FormerConfig":
+        """
+        The configuration of a new model like one of the paper's or Mask2Former's.
+
+        Args:
+            name: such as `"proscale-swin-t-coco"`; see `presets.py`.
+            changes: fields with values of your own.
+
+        Raises:
+            ValueError: there is no such preset, or a value is not possible.
+        """
+        return cls(**{**preset_settings(name), **changes})
 
     @property
     def encoder_strides(self) -> tuple[int, ...]:
@@ -367,7 +373,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _backbone_config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
-    values = dict(values)
+    values = copy.deepcopy(values)
     model_type = values.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What one image costs: multiply-adds by stage and parameters, in the convention of the papers' tables.
+"""What one image costs: multiply-adds by stage, parameters and activations, in the convention of the papers' tables.
 
 The tables of PRO-SCALE and Mask2Former were made with fvcore: a multiply-add counts 1, normalisation, resizing and
 sampling count by estimates, the rest counts nothing. The same is done here on the meta device, with shapes only. That
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from .configuration_proscale_mask2former import ProScaleMask2FormerConfig
 from .mask_decoder import predict_masks
@@ -26,6 +26,7 @@ from .ms_deform_attn import MultiScaleDeformableAttention
 NORM = 5  # estimate for an element
 BATCH_NORM = 2  # for an element, with stored statistics
 BILINEAR = 4  # for a sampled value
+NEAREST = 1
 
 
 def _by_input(cost: int) -> Callable[..., int]:
@@ -43,7 +44,9 @@ OPERATION_COSTS = {
     torch.ops.aten.native_batch_norm: _by_input(BATCH_NORM),
     torch.ops.aten.native_batch_norm.default: _by_input(BATCH_NORM),  # or PyTorch 2.8 takes it apart, uncounted
     torch.ops.aten.upsample_bilinear2d: _by_output(BILINEAR),
+    torch.ops.aten.upsample_nearest2d: _by_output(NEAREST),
 }
+ACTIVATIONS = dict.fromkeys(flop_registry, _by_output(1))  # all it knows are convolutions and matrix products
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Cost:
         forward_gflops: what a forward pass takes here, without post-processing. All products count, and masks that
             only steer attention are made at the resolution of the map they are for.
         parameters_millions: parameters, in millions.
+        activations_millions: numbers that convolutions and matrix products put out in a forward pass here, in millions,
+            as fvcore counts them. Not the memory in use at one time: inference frees most of them at once.
     """
 
     total_gflops: float
@@ -71,6 +76,7 @@ class Cost:
     post_processing_gflops: float
     forward_gflops: float
     parameters_millions: float
+    activations_millions: float
 
 
 def measure_cost(
@@ -93,7 +99,7 @@ def measure_cost(
     return _measure(type(config), config.to_json_string(), height, width)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def _measure(config_class: type[ProScaleMask2FormerConfig], config_json: str, height: int, width: int) -> Cost:
     config = config_class.from_dict(json.loads(config_json))
     segmenter, sampling = _shapes_only(config)
@@ -102,13 +108,15 @@ def _measure(config_class: type[ProScaleMask2FormerConfig], config_json: str, he
     padded_height, padded_width = -(-height // stride) * stride, -(-width // stride) * stride
     pixel_values = torch.empty((1, config.backbone_config.num_channels, padded_height, padded_width), device="meta")
 
-    maps, backbone = _count(lambda: tuple(model.pixel_level_module.encoder(pixel_values).feature_maps))
-    pixels, pixel_decoder = _count(lambda: model.pixel_level_module.decoder(maps))
+    activations = FlopCounterMode(display=False, custom_mapping=ACTIVATIONS)
+    with activations:
+        maps, backbone = _count(lambda: tuple(model.pixel_level_module.encoder(pixel_values).feature_maps))
+        pixels, pixel_decoder = _count(lambda: model.pixel_level_module.decoder(maps))
+        features, mask_features = pixels.multi_scale_features, pixels.mask_features
+        decoded, layers = _count(lambda: model.transformer_module(features, mask_features))
+        _, classes_once = _count(lambda: segmenter.class_predictor(decoded.query_states[-1]))
+        _, masks_once = _count(lambda: predict_masks(decoded.mask_embeddings[-1][None], mask_features))
     pixel_decoder += sampling.cost
-    features, mask_features = pixels.multi_scale_features, pixels.mask_features
-    decoded, layers = _count(lambda: model.transformer_module(features, mask_features))
-    _, classes_once = _count(lambda: segmenter.class_predictor(decoded.query_states[-1]))
-    _, masks_once = _count(lambda: predict_masks(decoded.mask_embeddings[-1][None], mask_features))
 
     tokens = [feature_map.shape[-2:].numel() for feature_map in features]
     mask_decoder = _as_in_the_original(config, tokens, layers) + config.decoder_layers * (classes_once + masks_once)
@@ -122,6 +130,7 @@ def _measure(config_class: type[ProScaleMask2FormerConfig], config_json: str, he
         post_processing_gflops=post_processing / 1e9,
         forward_gflops=(backbone + pixel_decoder + layers + classes_once + masks_once) / 1e9,
         parameters_millions=segmenter.num_parameters() / 1e6,
+        activations_millions=activations.get_total_flops() // 2 / 1e6,
     )
 
 

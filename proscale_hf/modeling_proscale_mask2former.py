@@ -120,6 +120,11 @@ class ProScaleMask2FormerPreTrainedModel(PreTrainedModel):
     ]
     deformable_attention_backend = PYTORCH  # or the kernel's repository or folder
 
+    def post_init(self) -> None:
+        """As in transformers. Of the layers that are not to be split those that the model has, since FSDP wants all."""
+        super().post_init()
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
@@ -141,7 +146,13 @@ class ProScaleMask2FormerPreTrainedModel(PreTrainedModel):
         is_saving = self.should_save_on_this_rank(is_main_process)
         upload = Upload(save_directory, self.config, **hub_arguments) if push_to_hub and is_saving else None
         self.config.auto_map = dict(MODEL_AUTO_MAP)  # instead of what another repository's configuration had
-        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        own_class = type(self)
+        # FSDP makes a subclass in a module of PyTorch, whose code would be saved in place of this one's.
+        self.__class__ = next(base for base in own_class.__mro__ if not base.__module__.startswith("torch."))
+        try:
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        finally:
+            self.__class__ = own_class
         if is_saving:
             write_card(save_directory, self.model_tags or ())
         if upload is not None:

@@ -13,6 +13,7 @@ from transformers.backbone_utils import load_backbone
 from transformers.utils import ModelOutput
 
 from .configuration_proscale_mask2former import ProScaleMask2FormerConfig
+from .mvit_windows import use_hybrid_windows
 from .pixel_decoder import PixelDecoder
 
 
@@ -42,6 +43,7 @@ class PixelLevelModule(nn.Module):
         self.strides = tuple(config.feature_strides)
         self.encoder_strides = config.encoder_strides
         self.encoder = load_backbone(config)
+        use_hybrid_windows(self.encoder)
         if len(self.encoder.channels) != len(self.strides):
             raise ValueError(
                 f"The backbone gives {len(self.encoder.channels)} feature maps, but `feature_strides` names "

@@ -55,7 +55,14 @@ def test_the_package_alone_imports_neither_torch_nor_transformers():
 
 
 @pytest.mark.parametrize(
-    "first", ["", "from transformers import AutoConfig", "import transformers.models.auto.modeling_auto"]
+    "first",
+    [
+        "",
+        "from transformers import AutoConfig",
+        "import transformers.models.auto.modeling_auto",
+        "import proscale_hf.configuration_proscale_mask2former",
+        "from proscale_hf import ProScaleMask2FormerForUniversalSegmentation",
+    ],
 )
 def test_configurations_and_models_are_registered_in_any_order(first):
     code = f"""

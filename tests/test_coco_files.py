@@ -147,6 +147,9 @@ def test_semantic_pictures_hold_category_ids(output):
             files.add_semantic(sample(rank), label_map)
         ids = np.array(Image.open(output / "semantic" / f"{rank:012d}.png"))
         assert ids[0].tolist() == [7, 3, 90, last_id, 7, 3]
+    files = PredictionFiles(output, [*CATEGORIES[:3], {**CATEGORIES[3], "id": 2**16}])
+    with pytest.raises(ValueError, match="category id 65536 is above"):
+        files.add_semantic(sample(2), label_map)
 
 
 def test_several_processes_write_into_one_folder(output):

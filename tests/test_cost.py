@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import proscale_hf.ms_deform_attn as ms_deform_attn
-from helpers import TINY_RESNET, tiny_config, tiny_model
+from helpers import TINY_RESNET, pixels, tiny_config, tiny_model
 from proscale_hf import ProScaleMask2FormerConfig
-from proscale_hf.configuration_proscale_mask2former import SWIN_TINY
 from proscale_hf.cost import _measure, measure_cost
+from proscale_hf.presets import SWIN_TINY
 
 
 RESNET50 = {
@@ -175,3 +176,42 @@ def test_timm_backbones_can_be_measured():
     backbone = {"model_type": "timm_backbone", "backbone": "resnet18", "out_indices": [1, 2, 3, 4]}
     config = tiny_config(backbone_config={**backbone, "features_only": True})
     assert measure_cost(config, 224, 224).backbone_gflops == pytest.approx(1.82, rel=0.01)  # as timm's tables say
+
+
+@pytest.mark.parametrize("encoder", ["proscale", "mask2former", "lite", "rt"])
+def test_activations_are_what_layers_and_products_put_out(encoder):
+    model = tiny_model(encoder=encoder, backbone_config=dict(TINY_RESNET))
+    counted = 0
+
+    def count(_: Any, __: Any, output: torch.Tensor) -> None:
+        nonlocal counted
+        counted += output.numel()
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.register_forward_hook(count)
+    model(pixels(1, 64, 96))
+    tokens, queries, heads = {32: 2 * 3, 16: 4 * 6, 8: 8 * 12}, 7, 4
+    read = [tokens[stride] for stride in (32, 16, 8, 32)]  # by the mask decoder's four layers
+    attention = 4 * (heads * queries * queries + queries * 32)  # among the queries: products and results
+    attention += sum(heads * queries * number + queries * 32 for number in read)
+    if encoder == "rt":
+        attention += heads * 6 * 6 + 6 * 32
+    projections = 32 * sum(queries + 2 * number for number in read)  # of masked attention, which are no layers
+    masks = queries * (sum(read) + 16 * 24)
+    expected = counted + attention + projections + masks
+    assert measure_cost(model, 64, 96).activations_millions == expected / 1e6
+
+
+@pytest.mark.parametrize("encoder", ["proscale", "mask2former", "lite", "rt"])
+def test_agrees_with_fvcore(encoder):
+    """It sees all but the sampling of deformable attention."""
+    fvcore = pytest.importorskip("fvcore.nn")
+    model = tiny_model(encoder=encoder, backbone_config=dict(TINY_RESNET), attn_implementation="eager")
+    cost = measure_cost(model, 64, 96)
+    locations = {"proscale": 6 * 1 + 2 * 30 * 2 + 126 * 3, "mask2former": 2 * 126 * 3, "lite": (30 + 126) * 3, "rt": 0}
+    sampling = 4 * 32 * 4 * locations[encoder]  # bilinear, channels, points
+    flops = fvcore.FlopCountAnalysis(model, pixels(1, 64, 96)).unsupported_ops_warnings(False)
+    activations = fvcore.ActivationCountAnalysis(model, pixels(1, 64, 96)).unsupported_ops_warnings(False)
+    assert activations.total() == cost.activations_millions * 1e6
+    assert cost.forward_gflops * 1e9 == pytest.approx(flops.total() + sampling, rel=1e-6)

@@ -16,10 +16,11 @@ COCO = pytest.importorskip("pycocotools.coco").COCO
 from proscale_hf.data import json_arrays  # noqa: E402
 from proscale_hf.data.categories import load_categories  # noqa: E402
 from proscale_hf.data.json_arrays import read_array  # noqa: E402
+from proscale_hf.data.reading import read_color_map  # noqa: E402
 from proscale_hf.data.run_length import run_lengths  # noqa: E402
 from proscale_hf.data.sample import SampleError  # noqa: E402
 from proscale_hf.data.sources import open_dataset  # noqa: E402
-from proscale_hf.evaluation.panoptic_quality import PanopticQuality, read_segment_map  # noqa: E402
+from proscale_hf.evaluation.panoptic_quality import PanopticQuality  # noqa: E402
 from proscale_hf.packed_masks import unpack_masks  # noqa: E402
 
 
@@ -84,7 +85,7 @@ def test_panoptic_quality_of_the_samples_against_the_files_is_perfect(panoptic):
         segments = [
             {"id": i, "category_id": dataset.categories[k]["id"]} for i, k in enumerate(labels.tolist(), start=1)
         ]
-        truth = read_segment_map(FIXTURE / "panoptic_gt", annotation["file_name"])
+        truth = read_color_map(FIXTURE / "panoptic_gt" / annotation["file_name"])
         quality.update(prediction, segments, truth, annotation["segments_info"])
     assert quality.compute()["All"]["pq"] == 1.0
 
@@ -163,11 +164,11 @@ def change(path):
         (("images", None), 'no array "images"'),
         (("images", 1, "id", 10), "image 10 is listed twice"),
         (("images", 1, "id", "ten"), "ids .* of one kind"),
-        (("images", 0, "file_name", "../../secret.jpg"), "not the name of a file inside"),
+        (("images", 0, "file_name", "../../secret.jpg"), r"image 10 in .*val.json: .* not the name of a file inside"),
         (("annotations", 0, "file_name", "/etc/passwd"), "not the name of a file inside"),
         (("annotations", 0, "image_id", 999), "image 999 of an annotation is not under"),
-        (("annotations", 0, "image_id", None), '"image_id" of an annotation is missing'),
-        (("annotations", 0, "segments_info", None), '"segments_info" of the annotation of image 10'),
+        (("annotations", 0, "image_id", None), r'"image_id" of an annotation in .*val.json is missing'),
+        (("annotations", 0, "segments_info", None), r'"segments_info" of the annotation of image 10 in .*val.json'),
         (("annotations", 0, "segments_info", 0, "category_id", "x"), '"category_id" of a segment .* image 10'),
         (("annotations", 0, "segments_info", 0, "id", True), '"id" of a segment'),
     ],
@@ -333,7 +334,7 @@ def test_polygons_without_three_points_are_left_out(instances):
         ({"size": [HEIGHT, WIDTH], "counts": "o"}, "breaks off"),
         ({"size": [HEIGHT, WIDTH], "counts": "\x7f"}, "characters"),
         ({"size": [3, 3], "counts": [9]}, "annotation 3 x 3"),
-        ({"size": [HEIGHT, WIDTH]}, "counts"),
+        ({"size": [HEIGHT, WIDTH]}, "a run-length code has no counts"),
         ({"size": HEIGHT, "counts": [9]}, "not iterable"),
         ({"size": [HEIGHT, WIDTH], "counts": 9}, "cannot be used"),
     ],
@@ -350,7 +351,7 @@ def test_shapes_that_are_refused(instances, shape, message):
     ("changes", "message"),
     [
         ({"segmentation": [1, 2, 3, 4, 5, 6]}, "list of polygons"),
-        ({"segmentation": None}, '"segmentation" of an annotation of image 5'),
+        ({"segmentation": None}, r'"segmentation" of an annotation of image 5 in .*instances_val.json is missing'),
         ({"category_id": 77}, r"77 \(1 times\)"),
         ({"image_id": 77}, "image 77"),
     ],
@@ -360,6 +361,16 @@ def test_instance_json_that_is_refused(instances, changes, message):
     content["annotations"] = [{"image_id": 5, "category_id": 4, "segmentation": [[1, 1, 5, 5, 9, 2]], **changes}]
     with pytest.raises(ValueError, match=message):
         open_instances(root, content)
+
+
+def test_an_area_that_is_no_number_is_counted(instances):
+    root, content = instances
+    shape = [[1, 1, 5, 1, 5, 5, 1, 5]]
+    content["annotations"] = [
+        {"image_id": 5, "category_id": 4, "segmentation": shape, **area}
+        for area in ({"area": 9.5}, {"area": float("nan")}, {})
+    ]
+    assert [segment["area"] for segment in open_instances(root, content)[0].segments] == [9.5, 16, 16]
 
 
 def test_an_image_of_another_size_than_the_json_says(instances):
@@ -396,7 +407,7 @@ def test_entries_equal_those_of_json(tmp_path, monkeypatch, chunk):
         "numbers": [1234, 5, 67890],
         "annotations": [{"id": i, "text": "é" * i} for i in range(30)],
     }
-    for text in (json.dumps(content), json.dumps(content, ensure_ascii=False, indent=2)):
+    for text in (json.dumps(content), "\ufeff" + json.dumps(content, ensure_ascii=False, indent=2)):
         (tmp_path / "a.json").write_text(text, encoding="utf-8")
         for key in ("images", "none", "numbers", "annotations"):
             entries = list(read_array(tmp_path / "a.json", key))
@@ -411,7 +422,9 @@ def test_entries_equal_those_of_json(tmp_path, monkeypatch, chunk):
 )
 def test_text_that_is_no_json(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(ValueError, match=r"a.json: (it is no valid JSON|the file has no array)") as error:
+    with pytest.raises(
+        ValueError, match=r"a.json: (it is no valid JSON|it must be a JSON object|the file has no array)"
+    ) as error:
         list(read_array(tmp_path / "a.json", "images"))
     assert "\n" not in str(error.value)
 

@@ -92,22 +92,22 @@ def test_a_new_file_is_seen(root):
 
 
 def test_refused(root):
-    with pytest.raises(ValueError, match="list of images is empty"):
+    with pytest.raises(ValueError, match=r"list of images of .*images is empty"):
         open_dataset("folder", root=root)
     write(root, "a", np.array([[4, 5, 6]], np.uint8))
     with pytest.raises(SampleError, match=r"a.png: values \[5, 6\] stand for no category"):
         open_dataset("folder", root=root)[0]
     with pytest.raises(ValueError, match="form must be one of semantic, instance"):
         open_dataset("folder", root=root, form="panoptic")
-    with pytest.raises(ValueError, match="void must be one or more whole numbers"):
-        open_dataset("folder", root=root, void="none")
+    with pytest.raises(ValueError, match=r"void .*must be"):
+        open_dataset("folder", root=root, void=True)
     with pytest.raises(ValueError, match=r"no file or folder .*val"):
         open_dataset("folder", root=root, split="val")
     Image.new("RGB", (3, 1)).save(root / "annotations" / "a.png")
     with pytest.raises(SampleError, match="one channel"):
         open_dataset("folder", root=root)[0]
     Image.new("RGB", (3, 1)).save(root / "images" / "c.jpg")
-    with pytest.raises(ValueError, match=r"1 files .* have no partner .*: c"):
+    with pytest.raises(ValueError, match=r"1 names have no file in .*annotations: \[c\]"):
         open_dataset("folder", root=root)
     Image.new("RGB", (3, 1)).save(root / "images" / "c.png")
     with pytest.raises(ValueError, match="have the same name"):

@@ -123,7 +123,7 @@ def test_refused(tmp_path, categories):
         ({"annotation_column": "name"}, "Column name .* must hold images"),
         ({"form": "panoptic"}, "no column segments_info"),
         ({"form": "boxes"}, "form must be one of"),
-        ({"void": "x"}, "void must be"),
+        ({"void": "x"}, "void of hub must be"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             open_dataset("hub", **{**options, **changes})

@@ -111,7 +111,7 @@ def test_rows_that_fail_leave_nothing(listing, tmp_path):
 
 def test_no_rows(listing):
     listing.write_text("")
-    with pytest.raises(ValueError, match="list of images is empty"):
+    with pytest.raises(ValueError, match=r"list of images of .*listing.txt is empty"):
         SegmentationDataset(Squares(listing))
 
 
@@ -181,6 +181,8 @@ def test_bad_samples_are_skipped_and_named(listing, caplog, monkeypatch):
     assert ids(dataset) == [10, 40, 40, 40, 10]
     assert ids(dataset) == [10, 40, 40, 40, 10]
     assert dataset.skipped == ["picture -20", "picture -30", "picture -50"]
+    messages = [record.getMessage() for record in caplog.records if "Left out" in record.getMessage()]
+    assert messages == [f"Left out: picture {number} is damaged." for number in (-20, -30, -50)]  # once each
     part = dataset.select([0, 1])
     assert ids(part) == [10, 10] and part.skipped == ["picture -20"]
 
@@ -254,7 +256,26 @@ def test_data_sets_by_name(tmp_path):
     assert all(issubclass(source_class, SegmentationSource) for source_class in SOURCE_CLASSES.values())
 
 
-@pytest.mark.parametrize("name", ["../a.png", "/a.png", "b/../../a.png", "c:/a.png", "b\\a.png", "", None, "a\0.png"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"root": True}, r"root of folder must be str \| Path, got True"),
+        ({"root": "a", "split": 2017}, "split of folder .* got 2017. Put a name that looks like a number in quotes"),
+        ({"root": "a", "void": "255"}, "void of folder must be .*int.*, got '255'"),
+        ({"root": "a", "categories": 1.5}, "categories of folder must be"),
+    ],
+)
+def test_values_of_the_wrong_type(options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        open_dataset("folder", **options)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="drop_empty of coco_instance must be bool, got 'no'"):
+        open_dataset("coco_instance", root="a", split="b", drop_empty="no")
+
+
+@pytest.mark.parametrize(
+    "name", ["../a.png", "/a.png", "//a.png", "b/../../a.png", "c:/a.png", "b\\a.png", "", None, "a\0.png"]
+)
 def test_names_that_lead_out_of_their_folder(name):
     with pytest.raises(ValueError, match="inside folder"):
         path_inside("folder", name)

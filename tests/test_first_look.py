@@ -8,6 +8,7 @@ from PIL import Image
 
 from evaluation_data import STRIPES, instance_json, open_set, options_of, write_set
 from proscale_hf.cli import main
+from proscale_hf.cli.dataset_options import setting
 from proscale_hf.data.first_look import look, segments_to_draw
 from proscale_hf.data.sources import open_dataset
 
@@ -101,6 +102,8 @@ class TestCommand:
             (("--samples", "0"), 2, "0 is too few"),
             (("--set", "rooot=x"), 1, "rooot"),
             (("--set", "root"), 2, "is not OPTION=VALUE"),
+            (("--set", "root=[1]"), 1, "root of coco_panoptic must be"),
+            (("--set", "categories=true"), 1, "categories of coco_panoptic must be"),
             (("--set", "annotations=nowhere.json"), 2, "same option twice"),
             (("--output", "set"), 2, "is there already"),
         ],
@@ -110,6 +113,20 @@ class TestCommand:
         assert main(command(folder, *change)) == exit_code
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and hint in error
+
+    @pytest.mark.parametrize(
+        ("text", "value"),
+        [
+            ("val2017", "val2017"),
+            ("255", 255),
+            ("[0,255]", [0, 255]),
+            ("true", True),
+            ('"2017"', "2017"),
+            ("a=b", "a=b"),
+        ],
+    )
+    def test_values_of_options(self, text, value):
+        assert setting(f"void={text}") == ("void", value)
 
     def test_unknown_data_set(self, capsys):
         assert main(["first-look", "--dataset", "coc"]) == 1

@@ -563,6 +563,24 @@ def test_saved_and_loaded_is_the_same(tmp_path, changes):
         assert torch.equal(a, b)
 
 
+def test_a_sharded_model_is_saved_as_itself(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "whole")
+    sharded_class = type("FSDPModel", (type(model),), {"__module__": nn.Module.__module__})
+    model.__class__ = sharded_class  # as FSDP does it
+    model.save_pretrained(tmp_path / "sharded")
+    assert type(model) is sharded_class
+    whole, sharded = ({path.name for path in (tmp_path / name).iterdir()} for name in ("whole", "sharded"))
+    assert sharded == whole
+    assert (tmp_path / "sharded/config.json").read_text() == (tmp_path / "whole/config.json").read_text()
+
+
+@pytest.mark.parametrize("encoder", sorted(ENCODER_CLASSES))
+def test_layers_that_are_not_split_are_there(encoder):
+    model = tiny_model(encoder=encoder)
+    assert {"MaskedAttentionLayer"} < model._no_split_modules <= {type(module).__name__ for module in model.modules()}
+
+
 def test_other_classes_resize_head_and_loss(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     model = ProScaleMask2FormerForUniversalSegmentation.from_pretrained(

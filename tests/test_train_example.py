@@ -1,134 +1,139 @@
-"""The training example: its optimizer, its batches, and a run of a few steps whose result can be measured."""
+"""`examples/train.py`: a recipe with transformers' `Trainer`, from start to finish, resumed, and killed."""
 
+import importlib.util
+import json
+import subprocess
 import sys
-from functools import partial
-from pathlib import Path
 
 import pytest
-import torch
+from transformers import AutoModelForUniversalSegmentation
 
 
+pytest.importorskip("torchvision")  # augmentation needs it
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
 pytest.importorskip("accelerate")
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-
-import evaluate_demo
-import pretrain_backbone
-import train
-from demo_scenes import ID2LABEL, STUFF_LABEL_IDS, DemoScenes
-from transformers import AutoModelForUniversalSegmentation
-
-from proscale_hf import ProScaleMask2FormerImageProcessorPil
+from proscale_hf.auto_registration import image_processor_class
+from proscale_hf.training.recipe import load_recipe
+from training_runs import EXAMPLES, environment, same_weights, wait_for, write_recipe
 
 
-def create_small_model():
-    return train.ProScaleMask2FormerForUniversalSegmentation(train.small_config())
+SCRIPT = EXAMPLES / "train.py"
+QUIET = ("--disable_tqdm", "true", "--use_cpu")
 
 
-def test_model_is_small_enough_to_ship():
-    model = create_small_model()
-    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    assert size < 10e6
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
 
 
-def test_every_parameter_is_optimized_once_and_only_weights_decay():
-    model = create_small_model()
-    optimizer = train.create_optimizer(model, 1e-3, 0.05, backbone_learning_rate_factor=0.1)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    settings = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            assert names[parameter] not in settings
-            settings[names[parameter]] = group["lr"], group["weight_decay"]
-    assert set(settings) == set(names.values())
-    assert settings["class_predictor.weight"] == (1e-3, 0.05)
-    assert settings["class_predictor.bias"] == (1e-3, 0.0)
-    assert settings["model.transformer_module.queries_features.weight"] == (1e-3, 0.0)
-    assert settings["model.transformer_module.level_embed.weight"] == (1e-3, 0.0)
-    assert settings["model.pixel_level_module.decoder.level_embed"] == (1e-3, 0.0)
-    backbone = {value for name, value in settings.items() if name.startswith("model.pixel_level_module.encoder.")}
-    assert backbone == {(1e-4, 0.05), (1e-4, 0.0)}
+@pytest.fixture
+def run(recipe, monkeypatch):
+    """Runs the script in this process."""
+    specification = importlib.util.spec_from_file_location("train", SCRIPT)
+    script = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, "train", script)
+    specification.loader.exec_module(script)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--config", str(recipe), *map(str, words)])
+        script.main()
+
+    return run
 
 
-def test_batch_holds_the_scenes_segments():
-    scenes = [DemoScenes(2)[index] for index in range(2)]
-    batch = train.collate_scenes(scenes, train.create_image_processor())
-    height, width = batch["pixel_values"].shape[-2:]
-    assert height % 32 == width % 32 == 0
-    for scene, masks, labels in zip(scenes, batch["mask_labels"], batch["class_labels"], strict=True):
-        assert masks.shape == (len(scene.segments_info), height, width)
-        assert sorted(labels.tolist()) == sorted(scene.instance_id_to_semantic_id.values())
-        covered = (masks == 1).sum(dim=0)
-        assert covered.max() == 1  # the segments of a scene do not overlap
+def logged(folder, name):
+    """A value by step, as it was logged."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry[name] for entry in history if name in entry}
 
 
-def test_pixels_are_labelled_and_padding_is_not():
-    scenes = [DemoScenes(2)[index] for index in range(2)]
-    collate_scenes = partial(train.collate_scenes, image_processor=train.create_image_processor())
-    batch = pretrain_backbone.collate_pixels(scenes, collate_scenes)
-    height, width = batch["pixel_values"].shape[-2:]
-    assert batch["labels"].shape == (2, height // 4, width // 4)
-    is_padding = ~collate_scenes(scenes)["pixel_mask"].bool()[:, 2::4, 2::4]
-    assert (batch["labels"] == pretrain_backbone.IGNORED).equal(is_padding)
-    for scene, labels in zip(scenes, batch["labels"], strict=True):
-        assert set(labels.unique().tolist()) - {pretrain_backbone.IGNORED} == {
-            segment["category_id"] for segment in scene.segments_info
-        }
+def test_script_is_short():
+    assert len(SCRIPT.read_text().splitlines()) < 200
 
 
-def test_pixel_classifier_reaches_the_backbone():
-    classifier = pretrain_backbone.PixelClassifier(train.small_config().backbone_config)
-    loss = classifier(torch.randn(2, 3, 64, 64), torch.randint(13, (2, 16, 16)))["loss"]
-    loss.backward()
-    assert all(parameter.grad is not None for parameter in classifier.parameters())
-    weights = classifier.backbone.state_dict()
-    create_small_model().model.pixel_level_module.encoder.load_state_dict(weights)
+def test_a_recipe_becomes_a_model(run, recipe, tmp_path):
+    run("--output_dir", tmp_path, *QUIET, "optimization.ema=0.5", "evaluation.every=4")
+    model, report = AutoModelForUniversalSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert model.config.id2label[0] == "digit 0" and len(model.config.categories) == 13
+    assert image_processor_class().from_pretrained(tmp_path).label_ids_to_fuse == [10, 11, 12]
+    assert list(logged(tmp_path, "loss_dice")) == [1, 2, 3, 4, 5, 6]
+    assert list(logged(tmp_path, "eval_pq")) == [4, 6]
+    assert {"eval_ap", "eval_miou"} <= set(json.loads((tmp_path / "trainer_state.json").read_text())["log_history"][-2])
+    assert load_recipe(tmp_path / "recipe.yaml").optimization.ema == 0.5
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    assert not (tmp_path / ".unfinished").exists()
 
 
-def test_short_training_writes_a_model_that_loads(tmp_path, monkeypatch):
-    options = "--pretraining_scenes 4 --train_scenes 6 --evaluation_scenes 1 --per_device_train_batch_size 2"
-    options += " --eval_steps 2 --save_strategy no --dataloader_num_workers 0 --use_cpu --disable_tqdm true"
-    monkeypatch.setattr(sys, "argv", ["train.py", *options.split(), "--output_dir", str(tmp_path / "model")])
-    train.main()
-
-    image_processor = ProScaleMask2FormerImageProcessorPil.from_pretrained(tmp_path / "model")
-    assert image_processor.label_ids_to_fuse == STUFF_LABEL_IDS
-    model, loading = AutoModelForUniversalSegmentation.from_pretrained(tmp_path / "model", output_loading_info=True)
-    assert not any(loading.values())
-    assert model.config.id2label == ID2LABEL
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
-    quality = evaluate_demo.measure_panoptic_quality(model, image_processor, DemoScenes(2, "held-out"))
-    assert quality["All"].keys() == {"pq", "sq", "rq", "n"}
-
-
-def test_training_learns():
-    torch.manual_seed(0)
-    model = create_small_model()
-    optimizer = train.create_optimizer(model, 1e-3, 0.05, backbone_learning_rate_factor=1.0)
-    scenes = DemoScenes(2)
-    batch = train.collate_scenes([scenes[0], scenes[1]], train.create_image_processor())
-    losses = []
-    for _ in range(25):
-        loss = model(**batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_resumed_run_is_the_same_run(run, tmp_path, step):
+    options = (*QUIET, "data.validation=null", "checkpoint.keep=9", "optimization.ema=0.9", "workers=1")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run("--output_dir", whole, *options)
+    cut.mkdir()
+    (whole / f"checkpoint-{step}").rename(cut / f"checkpoint-{step}")
+    run("--output_dir", cut, "--resume_from_checkpoint", "last", *options)
+    for name in ("loss", "loss_cross_entropy", "loss_mask", "loss_dice", "learning_rate"):
+        assert logged(cut, name) == pytest.approx(logged(whole, name), abs=1e-5)
+    assert len(set(logged(whole, "loss").values())) == 6
+    assert same_weights(whole, cut)
 
 
 @pytest.mark.slow
-def test_shipped_model_segments_held_out_scenes():
-    model = AutoModelForUniversalSegmentation.from_pretrained(evaluate_demo.SHIPPED_MODEL)
-    image_processor = ProScaleMask2FormerImageProcessorPil.from_pretrained(evaluate_demo.SHIPPED_MODEL)
-    quality = evaluate_demo.measure_panoptic_quality(model, image_processor, DemoScenes(50, "held-out", seed=2))
-    assert quality["All"]["pq"] >= 0.6
-    assert quality["All"]["n"] == len(ID2LABEL)
+def test_a_killed_run_loses_nothing_but_the_step(run, recipe, tmp_path):
+    options = (*QUIET, "data.validation=null", "checkpoint.every=1", "checkpoint.keep=9", "optimization.max_steps=12")
+    run("--output_dir", tmp_path / "whole", *options)
+    killed = tmp_path / "killed"
+    command = [sys.executable, SCRIPT, "--config", recipe, "--output_dir", killed, *options]
+    process = subprocess.Popen(
+        list(map(str, command)), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for((killed / "checkpoint-3").is_dir, process)
+    process.kill()
+    process.communicate()
+    run("--output_dir", killed, "--resume_from_checkpoint", "last", *options)
+    assert logged(killed, "loss") == pytest.approx(logged(tmp_path / "whole", "loss"), abs=1e-5)
 
 
-def test_table_shows_percents():
-    group = {"pq": 0.5, "sq": 0.8, "rq": 0.625, "n": 13}
-    table = evaluate_demo.format_table({"All": group, "Things": group, "Stuff": group})
-    assert table.splitlines()[1].split() == ["All", "50.0", "80.0", "62.5", "13"]
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--output_dir", "OUT", "--no_such_option", "1"], "--no_such_option"),
+        (["--output_dir", "OUT", "--learning_rate", "1"], "write optimization.learning_rate=VALUE, without dashes"),
+        (["--output_dir", "OUT", "--max-steps=1"], "write optimization.max_steps=VALUE"),
+        ([], "give --output_dir"),
+        (["--output_dir", "OUT", "optimization.leaning_rate=1"], "did you mean learning_rate?"),
+        (["--output_dir", "OUT", "--config", "nowhere.yaml"], "cannot read the recipe nowhere.yaml"),
+        (["--output_dir", "OUT", "data.train.images=nowhere"], "nowhere"),
+        (["--output_dir", "OUT", "--report_to", "clearml"], "--report_to clearml needs a package"),
+        (["--output_dir", "OUT", "--resume_from_checkpoint", "OUT"], "is no checkpoint"),
+        (["--output_dir", "OLD"], "has checkpoints of another training"),
+        (["--output_dir", "OUT", "optimization.max_steps=null"], "how long to train"),
+    ],
+)
+def test_errors_are_one_line(run, tmp_path, capsys, words, message):
+    (tmp_path / "old" / "checkpoint-1").mkdir(parents=True)
+    places = {"OUT": tmp_path / "out", "OLD": tmp_path / "old"}
+    with pytest.raises(SystemExit) as error:
+        run(*(places.get(word, word) for word in words))
+    assert error.value.code not in (0, None)
+    printed = error.value.code if isinstance(error.value.code, str) else capsys.readouterr().err
+    assert printed.startswith("error: ") and message in printed and len(printed.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unreadable_image_is_named(run, recipe, tmp_path):
+    folder = recipe.parent / "train" / "images"
+    broken = sorted(folder.iterdir())[0]
+    content = broken.read_bytes()
+    broken.write_bytes(content[:200])
+    try:
+        with pytest.raises(SystemExit, match=broken.name) as error:
+            run("--output_dir", tmp_path / "out", *QUIET, "workers=1")
+        assert len(error.value.code.splitlines()) == 1
+        run("--output_dir", tmp_path / "skipped", *QUIET, "data.on_error=skip", "data.validation=null", "workers=1")
+        assert max(logged(tmp_path / "skipped", "skipped_images").values()) == 1
+    finally:
+        broken.write_bytes(content)

@@ -1,5 +1,6 @@
 """transformers' `Trainer` with this model: training, evaluation in batches, checkpoints, resuming."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -189,3 +190,53 @@ def test_resuming_with_the_checkpoint_as_model(processor, tmp_path, backbone_con
 )
 def test_resuming_with_the_first_model(processor, tmp_path, backbone_config):
     resumed_run_equals_the_whole(processor, tmp_path, dict(backbone_config), load_checkpoint=False)
+
+
+@dataclass
+class Logits:
+    class_queries_logits: torch.Tensor
+    masks_queries_logits: torch.Tensor
+
+
+def test_calls_of_transformers_own_example_scripts(tmp_path):
+    """One picture at a time, its background taken out of the classes; batches stacked, without `pixel_mask`."""
+    options = {"do_reduce_labels": True, "reduce_labels": True}
+    processor = ProScaleMask2FormerImageProcessorPil(do_resize=True, size={"height": 64, "width": 96}, **options)
+    names = {0: "red", 1: "green", 2: "blue", 3: "other"}
+    results = []
+
+    def example(example: dict) -> dict:
+        instances = example["instance_map"]
+        pairs = np.unique(np.stack((instances, instances), axis=-1).reshape(-1, 2), axis=0)
+        inputs = processor(
+            images=[example["image"]],
+            segmentation_maps=[instances],
+            instance_id_to_semantic_id={instance: semantic for semantic, instance in pairs},
+            return_tensors="pt",
+        )
+        return {key: inputs[key][0] for key in ("pixel_values", "mask_labels", "class_labels")}
+
+    def collate(examples: list[dict]) -> dict:
+        parts = [example(one) for one in examples]
+        batch = {key: [part[key] for part in parts] for key in ("mask_labels", "class_labels")}
+        return {"pixel_values": torch.stack([part["pixel_values"] for part in parts]), **batch}
+
+    def measure(evaluation: Any, compute_result: bool) -> dict[str, float] | None:
+        sizes = [masks.shape[-2:] for masks in evaluation.label_ids[0]]
+        results.extend(
+            processor.post_process_instance_segmentation(
+                Logits(*evaluation.predictions[:2]), threshold=0.0, target_sizes=sizes, return_binary_maps=True
+            )
+        )
+        return {"instances": sum(len(result["segments_info"]) for result in results)} if compute_result else None
+
+    trainer = make_trainer(tmp_path, processor, tiny_model(id2label=names), max_steps=2)
+    trainer.data_collator, trainer.compute_metrics = collate, measure
+    trainer.train()
+    assert np.isfinite(logged_losses(trainer)).all()
+    assert trainer.evaluate()["eval_instances"] > 0
+    batch = collate([Squares()[0]])
+    assert batch["class_labels"][0].tolist() == [0, 1, 2]
+    assert batch["pixel_values"].shape == (1, 3, 64, 96) and batch["mask_labels"][0].shape == (3, 64, 96)
+    assert len(results) == len(SIZES)
+    assert all(result["segmentation"].shape[-2:] == (64, 96) for result in results if result["segments_info"])

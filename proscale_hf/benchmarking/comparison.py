@@ -44,10 +44,15 @@ class Measurement:
     @property
     def spread(self) -> float:
         """Half the distance between the quartiles, relative to the median."""
-        if len(self.times) < 2:
-            return 0.0
-        first, _, third = statistics.quantiles(self.times, n=4, method="inclusive")
-        return (third - first) / 2 / self.median
+        return relative_spread(self.times)
+
+
+def relative_spread(times: Sequence[float]) -> float:
+    """Half the distance between the quartiles, relative to the median; 0 for a single value."""
+    if len(times) < 2:
+        return 0.0
+    first, _, third = statistics.quantiles(times, n=4, method="inclusive")
+    return (third - first) / 2 / statistics.median(times)
 
 
 def compare(

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .benchmark import add_benchmark_command
+from .choose import add_choose_command
 from .console import CommandError
+from .cost import add_cost_command
 from .evaluate import add_evaluate_command
+from .figure import add_figure_command
 from .first_look import add_first_look_command
 from .segment import add_segment_command
 
@@ -28,6 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_benchmark_command(commands)
     add_evaluate_command(commands)
     add_first_look_command(commands)
+    add_figure_command(commands)
+    add_choose_command(commands)
+    add_cost_command(commands)
     return parser
 
 

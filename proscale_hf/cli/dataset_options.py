@@ -22,16 +22,14 @@ def add_dataset_options(parser: argparse.ArgumentParser) -> None:
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """`"root=coco"`; true, false and lists such as [0,255] are taken for what they are, all else for text."""
+    """`"root=coco"`; what is JSON, such as true, 255, [0,255] or "2017", is taken for that, all else for text."""
     name, separator, value = text.partition("=")
     if not name or not separator:
         raise argparse.ArgumentTypeError(f"{text!r} is not OPTION=VALUE")
-    if value in ("true", "false") or value.startswith("["):
-        try:
-            return name, json.loads(value)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"the value of {text!r} is no list") from error
-    return name, value
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def open_chosen_dataset(options: argparse.Namespace, **settings: Any) -> Any:

@@ -112,7 +112,8 @@ def needed_libraries(extra: str = "evaluate") -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise CommandError(f'{error.name} is not installed: pip install "proscale-hf[{extra}]"') from error
+        reason = f"{error.name} is not installed" if error.name else str(error).strip().partition(". ")[0]
+        raise CommandError(f'{reason}: pip install "proscale-hf[{extra}]"') from error
 
 
 def join_processes(device: str | None) -> Any:

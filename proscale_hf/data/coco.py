@@ -5,6 +5,7 @@ and `segment_maps` name other places.
 """
 
 import json
+import math
 import mmap
 import reprlib
 from array import array
@@ -73,10 +74,10 @@ class CocoPanoptic(SegmentationSource):
         image_names = _image_entries(self.annotations)
         labels = _Labels(self.annotations, self.categories)
         for annotation, _, _ in read_array(self.annotations, "annotations"):
-            image_id = _take(annotation, "image_id", (int, str), "an annotation")
+            image_id = _take(annotation, "image_id", (int, str), f"an annotation in {self.annotations}")
             if image_id not in image_names:
                 raise ValueError(f'{self.annotations}: image {image_id} of an annotation is not under "images".')
-            owner = f"the annotation of image {image_id}"
+            owner = f"the annotation of image {image_id} in {self.annotations}"
             segments = [
                 {
                     "id": _take(segment, "id", int, f"a segment of {owner}"),
@@ -87,8 +88,8 @@ class CocoPanoptic(SegmentationSource):
             ]
             yield {
                 "image_id": image_id,
-                "image": str(path_inside(self.images, image_names[image_id]["file_name"])),
-                "annotation": str(path_inside(self.segment_maps, _take(annotation, "file_name", str, owner))),
+                "image": _path(self.images, image_names[image_id], f"image {image_id} in {self.annotations}"),
+                "annotation": _path(self.segment_maps, annotation, owner),
                 "segments": json.dumps(segments),
             }
         labels.check()
@@ -147,14 +148,18 @@ class CocoInstance(SegmentationSource):
         shapeless = 0
         for image_id, annotations in _annotations_by_image(self.annotations, list(images)):
             image = images[image_id]
-            segments = [_instance_segment(annotation, labels, image_id) for annotation in annotations]
+            owner = f"image {image_id} in {self.annotations}"
+            segments = [
+                _instance_segment(annotation, labels, image_id, f"an annotation of {owner}")
+                for annotation in annotations
+            ]
             shaped = [segment for segment in segments if segment["segmentation"]]
             shapeless += len(segments) - len(shaped)
             if self.drop_empty and all(segment["iscrowd"] for segment in shaped):
                 continue
             yield {
                 "image_id": image_id,
-                "image": str(path_inside(self.images, image["file_name"])),
+                "image": _path(self.images, image, owner),
                 "height": image["height"],
                 "width": image["width"],
                 "segments": json.dumps(shaped),
@@ -197,7 +202,7 @@ def _coco_categories(annotations: Path, given: str | Path | None, known_name: st
         return choose_categories(given)
     # They often stand at the end of a large file, so they are kept in the cache, too.
     fingerprint = Hasher.hash(("categories", file_states([annotations])))
-    rows = cached_rows(partial(_category_rows, annotations), fingerprint, f"categories in {annotations}")
+    rows = cached_rows(partial(_category_rows, annotations), fingerprint, f"list of categories in {annotations}")
     categories = [json.loads(row["category"]) for row in rows]
     known = load_categories(known_name)
     if {(entry.get("id"), entry.get("name")) for entry in categories} == {(c["id"], c["name"]) for c in known}:
@@ -219,10 +224,10 @@ def _image_entries(annotations: Path) -> dict[int | str, dict[str, Any]]:
     """`file_name`, `height` and `width` (0 where they are not said) by image id."""
     images = {}
     for image, _, _ in read_array(annotations, "images"):
-        image_id = _take(image, "id", (int, str), f"{annotations}: an image")
+        image_id = _take(image, "id", (int, str), f"an image in {annotations}")
         if image_id in images:
             raise ValueError(f"{annotations}: image {image_id} is listed twice.")
-        owner = f"{annotations}: image {image_id}"
+        owner = f"image {image_id} in {annotations}"
         images[image_id] = {
             "file_name": _take(image, "file_name", str, owner),
             **{key: _take({key: 0, **image}, key, int, owner) for key in ("height", "width")},
@@ -237,7 +242,7 @@ def _annotations_by_image(path: Path, image_ids: list[int | str]) -> Iterator[tu
     position_of = {image_id: position for position, image_id in enumerate(image_ids)}
     owners, starts, lengths = array("q"), array("q"), array("q")
     for annotation, start, length in read_array(path, "annotations"):
-        image_id = _take(annotation, "image_id", (int, str), f"{path}: an annotation")
+        image_id = _take(annotation, "image_id", (int, str), f"an annotation in {path}")
         if image_id not in position_of:
             raise ValueError(f'{path}: image {image_id} of an annotation is not under "images".')
         owners.append(position_of[image_id])
@@ -277,8 +282,7 @@ class _Labels:
             )
 
 
-def _instance_segment(annotation: dict[str, Any], labels: _Labels, image_id: int | str) -> dict[str, Any]:
-    owner = f"an annotation of image {image_id}"
+def _instance_segment(annotation: dict[str, Any], labels: _Labels, image_id: int | str, owner: str) -> dict[str, Any]:
     shape = _take(annotation, "segmentation", (list, dict), owner)
     if isinstance(shape, list):
         if not all(isinstance(polygon, list) for polygon in shape):
@@ -288,9 +292,18 @@ def _instance_segment(annotation: dict[str, Any], labels: _Labels, image_id: int
     return {
         "label_id": labels.of(_take(annotation, "category_id", int, owner), image_id),
         "iscrowd": int(bool(annotation.get("iscrowd", 0))),
-        "area": float(area) if isinstance(area, int | float) else None,
+        "area": float(area) if isinstance(area, int | float) and math.isfinite(area) else None,
         "segmentation": shape,
     }
+
+
+def _path(folder: Path, entry: Any, owner: str) -> str:
+    """The path of the file that a JSON object names."""
+    name = _take(entry, "file_name", str, owner)
+    try:
+        return str(path_inside(folder, name))
+    except ValueError as error:
+        raise ValueError(f"{owner}: {error}") from error
 
 
 def _take(entry: Any, key: str, kind: type | tuple[type, ...], owner: str) -> Any:

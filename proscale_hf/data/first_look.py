@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..visualization import Segment, segments_from_result
-from .sample import VOID, Sample, SampleError
+from .sample import Sample, SampleError
 from .source import SegmentationDataset
 
 
@@ -199,13 +199,13 @@ def segments_to_draw(sample: Sample, categories: Sequence[dict[str, Any]]) -> li
     """The annotation of an image, for `visualization.draw_segments`; crowds say that they are."""
     id2label = {label_id: category["name"] for label_id, category in enumerate(categories)}
     stuff = [label_id for label_id, category in enumerate(categories) if not category["isthing"]]
-    shown, drawn = [], []
     if sample.segment_map is None:
         from pycocotools import mask as coco_mask  # optional: only instance data needs it
 
         shown = [(segment, coco_mask.decode(mask)) for segment, mask in zip(sample.segments, sample.masks, strict=True)]
     else:
-        shown = [(segment, sample.segment_map == segment["id"]) for segment in sample.segments if segment["id"] != VOID]
+        shown = [(segment, sample.segment_map == segment["id"]) for segment in sample.segments]
+    drawn = []
     for segment, mask in shown:
         info = {"id": segment["id"], "label_id": segment["label_id"], "score": 1.0}
         result = {"segments_info": [info], "segmentation": mask[None]}

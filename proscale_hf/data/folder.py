@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from .partners import common_names, files_by_name
 from .reading import color_ids_of, label_finder, open_map, read_image, segments_from_values, values_of
 from .sample import Sample
 from .source import SegmentationSource, choose_categories
@@ -58,15 +59,10 @@ class ImageFolder(SegmentationSource):
 
     def rows(self) -> Iterator[dict[str, str]]:
         image_folder, map_folder = self.files()
-        images = _by_stem(path for path in image_folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-        maps = _by_stem(path for path in map_folder.iterdir() if path.suffix.lower() == ".png")
-        if single := sorted(images.keys() ^ maps.keys()):
-            raise ValueError(
-                f"{self.folder}: {len(single)} files in images and annotations have no partner in the other folder: "
-                f"{', '.join(single[:10])}."
-            )
-        for stem in sorted(images):
-            yield {"image_id": stem, "image": str(images[stem]), "annotation": str(maps[stem])}
+        images = files_by_name(image_folder.iterdir(), IMAGE_SUFFIXES)
+        maps = files_by_name(map_folder.iterdir(), [".png"])
+        for name in common_names({image_folder: images, map_folder: maps}):
+            yield {"image_id": name, "image": str(images[name]), "annotation": str(maps[name])}
 
     def read(self, row: dict[str, Any]) -> Sample:
         picture = open_map(row["annotation"])
@@ -78,12 +74,3 @@ class ImageFolder(SegmentationSource):
         values = read_ids(picture, row["annotation"])
         segment_map, segments = segments_from_values(values, find_label, row["annotation"])
         return Sample(read_image(row["image"]), row["image_id"], row["image"], segments, segment_map)
-
-
-def _by_stem(paths: Iterator[Path]) -> dict[str, Path]:
-    by_stem: dict[str, Path] = {}
-    for path in paths:
-        if path.stem in by_stem:
-            raise ValueError(f"{path} and {by_stem[path.stem]} have the same name.")
-        by_stem[path.stem] = path
-    return by_stem

@@ -1,6 +1,7 @@
 """One entry at a time from large JSON files: COCO's annotations are 450 MB of text, and GBs as Python objects."""
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -52,12 +53,16 @@ class _Reader:
 
     def __init__(self, file: BinaryIO):
         self.file = file
-        self.text, self.position, self.dropped = "", 0, 0
+        self.dropped = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0  # some editors begin with it
+        file.seek(self.dropped)
+        self.text, self.position = "", 0
         self.at_end = False
         self.decoder = json.JSONDecoder()
 
     def entries(self, key: str) -> Iterator[Entry]:
-        self._expect("{")
+        if self._next() != "{":
+            raise ValueError("it must be a JSON object, which begins with {.")
+        self.position += 1
         while self._next() != "}":
             found = self._value().value
             self._expect(":")

@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..image_io import load_image, one_line
 from ..image_pixels import read_pixels
@@ -27,8 +27,9 @@ def path_inside(folder: str | Path, name: str) -> Path:
     Raises:
         ValueError: the name leads out of the folder.
     """
-    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
-    if not parts or ".." in parts or parts[0] == "/" or "\\" in name or ":" in parts[0] or "\0" in name:
+    path = PurePosixPath(name if isinstance(name, str) else "")
+    parts = path.parts
+    if not parts or path.is_absolute() or ".." in parts or "\\" in name or ":" in parts[0] or "\0" in name:
         raise ValueError(f"{name!r} is not the name of a file inside {folder}.")
     return Path(folder, *parts)
 
@@ -103,6 +104,8 @@ def open_map(path: str | Path) -> Image.Image:
         with Image.open(path) as picture:
             picture.load()
             return picture
+    except UnidentifiedImageError:
+        raise SampleError(f"{path} cannot be read (it is no picture); copy or download it again.") from None
     except Exception as error:  # what Pillow's decoders raise on damaged data depends on the format
         raise SampleError(f"{path} cannot be read ({one_line(error)}); copy or download it again.") from error
 
@@ -126,7 +129,7 @@ def label_finder(
     if void is None:
         void = [value for value in VOID_VALUES if category_of(value) not in label_of]
     void = [void] if isinstance(void, int) else list(void)
-    if not all(isinstance(value, int) for value in void):
+    if not all(type(value) is int for value in void):  # True is an int, too
         raise ValueError(f"void must be one or more whole numbers, got {void}.")
     return lambda value: None if value in void else label_of[category_of(value)]
 

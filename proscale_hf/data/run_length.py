@@ -31,7 +31,7 @@ def run_length_code(shape: list | dict[str, Any], size: tuple[int, int], name: s
         else:
             code = _checked_code(shape)
         return code, int(coco_mask.area(code))
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise SampleError(f"{name}: its segmentation cannot be used ({one_line(error)}).") from error
 
 
@@ -45,6 +45,8 @@ def _check_polygon(polygon: list[float], size: tuple[int, int]) -> None:
 
 
 def _checked_code(shape: dict[str, Any]) -> dict[str, Any]:
+    if missing := {"size", "counts"} - shape.keys():
+        raise ValueError(f"a run-length code has no {' and no '.join(sorted(missing))}")
     height, width = (int(length) for length in shape["size"])
     counts = shape["counts"]
     lengths = counts if isinstance(counts, list) else run_lengths(counts)

@@ -111,7 +111,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
             raise ValueError(f"on_error must be raise or skip, got {on_error!r}.")
         self.source = source
         self.on_error = on_error
-        self._use_rows(cached_rows(source.rows, rows_fingerprint(source)))
+        place = next(map(str, source.files()), type(source).__name__)
+        self._use_rows(cached_rows(source.rows, rows_fingerprint(source), f"list of images of {place}"))
 
     def _use_rows(self, rows: datasets.Dataset) -> None:
         self.rows = rows
@@ -182,9 +183,7 @@ def rows_fingerprint(source: SegmentationSource) -> str:
     return Hasher.hash((type(source).__qualname__, code, __version__, vars(source), file_states(source.files())))
 
 
-def cached_rows(
-    make_rows: Callable[[], Iterable[dict[str, Any]]], fingerprint: str, name: str = "list of images"
-) -> datasets.Dataset:
+def cached_rows(make_rows: Callable[[], Iterable[dict[str, Any]]], fingerprint: str, name: str) -> datasets.Dataset:
     """Rows from the cache of `datasets`, where they are put if they are not there.
 
     Args:

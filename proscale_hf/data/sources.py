@@ -1,8 +1,13 @@
 """The data sets that this package knows, by name."""
 
 import inspect
-from typing import Any, Literal
+import re
+from typing import Any, Literal, get_origin, get_type_hints
 
+from huggingface_hub.dataclasses import type_validator
+
+from .ade20k import Ade20k
+from .cityscapes import Cityscapes
 from .coco import CocoInstance, CocoPanoptic
 from .folder import ImageFolder
 from .hub_dataset import HubDataset
@@ -12,6 +17,8 @@ from .source import SegmentationDataset, SegmentationSource
 SOURCE_CLASSES: dict[str, type[SegmentationSource]] = {
     "coco_panoptic": CocoPanoptic,
     "coco_instance": CocoInstance,
+    "cityscapes": Cityscapes,
+    "ade20k": Ade20k,
     "folder": ImageFolder,
     "hub": HubDataset,
 }
@@ -37,4 +44,19 @@ def open_dataset(name: str, *, on_error: Literal["raise", "skip"] = "raise", **o
     needed = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
     if missing := [key for key in needed if key not in options]:
         raise ValueError(f"{name} needs the option {', '.join(missing)}; it takes {', '.join(parameters)}.")
+    types = get_type_hints(source_class.__init__)
+    for key, value in options.items():
+        check_type(name, key, value, types[key])
     return SegmentationDataset(source_class(**options), on_error=on_error)
+
+
+def check_type(name: str, option: str, value: Any, expected: Any) -> None:
+    """Raises a ValueError unless a value, from a recipe or a command line, is of the type that an option must have."""
+    if get_origin(expected) is Literal:  # the class names the choices itself
+        return
+    try:
+        type_validator(option, value, expected)
+    except TypeError:
+        types = re.sub(r"\b[a-z.]+\.(?=[A-Z])", "", inspect.formatannotation(expected))  # without their modules
+        hint = " Put a name that looks like a number in quotes." if isinstance(value, int | float) else ""
+        raise ValueError(f"{option} of {name} must be {types}, got {value!r}.{hint}") from None

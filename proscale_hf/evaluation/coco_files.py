@@ -93,9 +93,17 @@ class PredictionFiles(contextlib.AbstractContextManager):
         Args:
             sample: the image.
             label_map: `(height, width)` labels of the data set.
+
+        Raises:
+            ValueError: an id of a category does not fit into a pixel.
         """
         ids = np.array([category["id"] for category in self.categories])
         dtype = np.uint8 if ids.max() < 256 else np.uint16
+        if ids.max() > np.iinfo(dtype).max:
+            raise ValueError(
+                f"Semantic predictions cannot be saved: the category id {ids.max()} is above 65535, the largest that a "
+                "PNG file can hold."
+            )
         self._save_png("semantic", sample, ids.astype(dtype)[label_map])
 
     def close(self) -> None:

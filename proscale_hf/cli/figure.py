@@ -1,0 +1,268 @@
+"""`proscale figure NAME`: the paper's analyses as pictures, of any model and images."""
+
+import argparse
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .benchmark import size
+from .console import CommandError, progress, user_errors
+from .device import add_device_options, place_model
+from .evaluate import needed_libraries
+from .loading import DEMO_MODEL, load_model
+from .numbers import positive
+
+
+MODEL_HELP = "a folder, a Hub id or a short name (default: the small demo model that comes with the package)"
+
+
+def add_figure_command(commands: argparse._SubParsersAction) -> None:
+    """Adds the subcommand to the `proscale` command."""
+    parser = commands.add_parser(
+        "figure",
+        help="draw an analysis of the paper",
+        description="Draw one of the paper's analyses. `proscale figure NAME --help` says more about each.",
+    )
+    figures = parser.add_subparsers(required=True, metavar="NAME", parser_class=type(parser))
+
+    figure = add_figure(
+        figures,
+        "compute-distribution",
+        draw_compute_distribution,
+        "what backbone, encoder and mask decoder cost (figure 1)",
+    )
+    figure.add_argument(
+        "configs",
+        nargs="+",
+        metavar="[LABEL=]MODEL",
+        help='a preset, a folder, a config.json, a Hub id, or "demo"; LABEL is what stands beside the bar',
+    )
+    add_size(figure, required=True)
+
+    figure = add_figure(
+        figures,
+        "token-similarity",
+        draw_token_similarity,
+        "how alike neighbouring tokens are, for each scale (figure 9)",
+    )
+    add_images(figure)
+    figure.add_argument("--model", metavar="DIR-OR-HUB-ID", help=MODEL_HELP)
+    figure.add_argument(
+        "--distance", type=positive, default=100, metavar="TOKENS", help="how far to look (default: %(default)s)"
+    )
+    add_device_options(figure)
+
+    figure = add_figure(
+        figures, "recalibration", draw_recalibration, "maps before and after token recalibration (figure 8)"
+    )
+    add_images(figure)
+    figure.add_argument("--model", metavar="DIR-OR-HUB-ID", help=MODEL_HELP)
+    add_device_options(figure)
+
+    figure = add_figure(figures, "cost-and-quality", draw_cost_and_quality, "GFLOPs against PQ (figure 10)")
+    figure.add_argument(
+        "results",
+        nargs="+",
+        metavar="FILE",
+        help="CSV or JSON with name, gflops and pq; also results.json of `proscale evaluate`",
+    )
+    figure.add_argument("--baseline", metavar="NAME", help="the model to compare with (default: the first)")
+    add_size(figure, required=False)
+
+    figure = add_figure(
+        figures, "panoptic-maps", draw_panoptic_maps, "panoptic maps of several models side by side (figures 6 and 11)"
+    )
+    add_images(figure)
+    figure.add_argument(
+        "--model",
+        action="append",
+        metavar="[LABEL=]MODEL",
+        help=f"{MODEL_HELP}; can be given several times; LABEL is what stands above the column",
+    )
+    add_device_options(figure)
+
+
+def add_figure(
+    figures: argparse._SubParsersAction, name: str, draw: Callable[[argparse.Namespace, Any], Any], text: str
+) -> argparse.ArgumentParser:
+    """Adds the command of one figure.
+
+    Args:
+        figures: where to.
+        name: of the figure.
+        draw: makes a Pillow image of the parsed command line, with the module of that name in `proscale_hf/figures`.
+        text: what the figure shows.
+    """
+    parser = figures.add_parser(name, help=text, description=f"Draw {text}.")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the picture to write, such as figure.png")
+    parser.set_defaults(run=run_figure, draw=draw, module=name.replace("-", "_"))
+    return parser
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Adds the images to look at."""
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+
+
+def add_size(parser: argparse.ArgumentParser, required: bool) -> None:
+    """Adds the size that costs are counted for."""
+    purpose = "the image's, in pixels" if required else "of an image: count GFLOPs that the files lack, by model"
+    parser.add_argument("--size", type=size, required=required, metavar="HxW", help=purpose)
+
+
+def run_figure(options: argparse.Namespace) -> None:
+    """Carries the subcommand out.
+
+    Args:
+        options: the parsed command line.
+
+    Raises:
+        CommandError: anything that the user can mend.
+    """
+    from ..image_io import check_picture_name, check_writable, save_image
+
+    with user_errors(exit_code=2):
+        check_picture_name(options.output)
+        check_writable(options.output)
+    read = getattr(options, "images", getattr(options, "results", ()))
+    if Path(options.output).resolve() in {Path(path).resolve() for path in read}:
+        raise CommandError(f"{options.output} is read and to be written; give --output another name", exit_code=2)
+    with needed_libraries("figures"):
+        figure = importlib.import_module(f"..figures.{options.module}", __package__)
+    with needed_libraries("timm"):  # the backbone's
+        picture = options.draw(options, figure)
+    with user_errors():
+        save_image(picture, options.output)
+    print(f"wrote {options.output}")
+
+
+def draw_compute_distribution(options: argparse.Namespace, figure: Any) -> Any:
+    """Counts each model's cost, and draws it."""
+    from ..cost import measure_cost
+
+    configs = {}
+    for text in options.configs:
+        label, model = split_label(text)
+        configs[new_label(label, configs)] = load_config(model)
+    with working("counting"):
+        costs = {label: measure_cost(config, *options.size) for label, config in configs.items()}
+        return figure.draw_compute_distribution(costs, *options.size)
+
+
+def draw_token_similarity(options: argparse.Namespace, figure: Any) -> Any:
+    """Measures token similarity on the images, and draws it."""
+    from ..image_io import load_image
+
+    model, image_processor = prepared_model(options.model, options)
+    with working(f"looking at {len(options.images)} images"):
+        images = map(load_image, options.images)
+        similarity = figure.measure_token_similarity(model, image_processor, images, options.distance)
+        return figure.draw_token_similarity(similarity)
+
+
+def draw_recalibration(options: argparse.Namespace, figure: Any) -> Any:
+    """Runs the model on the images, and draws what recalibration does in it."""
+    from ..image_io import load_image
+
+    with user_errors():
+        images = [load_image(path) for path in options.images]
+    model, image_processor = prepared_model(options.model, options)
+    with working(f"looking at {len(images)} images"):
+        found = [figure.measure_recalibration(model, image_processor, image) for image in images]
+        return figure.draw_recalibration(images, found)
+
+
+def draw_cost_and_quality(options: argparse.Namespace, figure: Any) -> Any:
+    """Reads the results, counts GFLOPs that they lack if a size is given, and draws them."""
+    from ..cost import measure_cost
+
+    def count_gflops(model: str) -> float:
+        return measure_cost(load_config(model), *options.size).total_gflops
+
+    with working("reading results"):
+        results = figure.read_results(options.results, count_gflops if options.size else None)
+        return figure.draw_cost_and_quality(results, options.baseline)
+
+
+def draw_panoptic_maps(options: argparse.Namespace, figure: Any) -> Any:
+    """Runs each model on all images, and puts the maps side by side."""
+    from ..image_io import load_image
+
+    with user_errors():
+        images = [load_image(path) for path in options.images]
+    segments, configs = {}, {}
+    for text in options.model or ["demo"]:
+        label, name = split_label(text)
+        label = new_label(label, segments)
+        model, image_processor = prepared_model(None if name == "demo" else name, options)
+        with working(f"{label}: segmenting {len(images)} images"):
+            segments[label] = [figure.find_panoptic_segments(model, image_processor, image) for image in images]
+        configs[label] = model.config
+    with progress("drawing"), user_errors():
+        return figure.draw_panoptic_maps(images, segments, figure.class_colors(configs))
+
+
+def split_label(text: str) -> tuple[str, str]:
+    """`"LABEL=MODEL"`, where the label may be missing: it is then the model's name, or its folder's."""
+    label, separator, model = text.partition("=")
+    if separator and label and model and not Path(text).exists():
+        return label, model
+    return Path(text).name or text, text
+
+
+def new_label(label: str, labels: Any) -> str:
+    """The label, if it is not among those before."""
+    if label in labels:
+        raise CommandError(f"two models are called {label}; tell them apart with LABEL=MODEL", exit_code=2)
+    return label
+
+
+def load_config(name: str) -> Any:
+    """The configuration of a preset, a folder, a JSON file, a model on the Hub, or "demo".
+
+    Raises:
+        CommandError: there is none of that name.
+    """
+    from huggingface_hub.utils import logging as hub_logging
+
+    from .. import ProScaleMask2FormerConfig
+    from ..image_io import one_line
+    from ..presets import PRESETS
+
+    hub_logging.set_verbosity_error()  # not each attempt to reach the Hub
+    if not Path(name).exists():
+        if name in PRESETS:
+            return ProScaleMask2FormerConfig.from_preset(name)
+        if name == "demo":
+            name = str(DEMO_MODEL)
+    try:
+        config = ProScaleMask2FormerConfig.from_pretrained(name)
+    except Exception as error:  # damaged files, no network, no such repository: each library has its own types
+        raise CommandError(
+            f"there is no preset {name}, and no configuration can be loaded: {one_line(error)}"
+        ) from error
+    if config.model_type != ProScaleMask2FormerConfig.model_type:
+        raise CommandError(f"{name} is not a PRO-SCALE model: its model_type is {config.model_type}")
+    return config
+
+
+def prepared_model(name: str | None, options: argparse.Namespace) -> tuple[Any, Any]:
+    """The model where the options say, and its image processor."""
+    with progress("loading the model"):
+        model, image_processor = load_model(name)
+        place_model(model, options)
+    return model, image_processor
+
+
+@contextlib.contextmanager
+def working(message: str) -> Iterator[None]:
+    """Says what a model is doing, and why it failed if it does."""
+    from ..image_io import one_line
+
+    try:
+        with progress(message), user_errors():
+            yield
+    except (RuntimeError, MemoryError) as error:  # torch says so when memory does not suffice
+        raise CommandError(f"the model failed: {one_line(error)}") from error

@@ -1,0 +1,102 @@
+"""What the plain loop reports, and what it means.
+
+- `loss`: what is minimised: the terms of all predictions of the mask decoder, each times its weight, summed.
+- `loss_cross_entropy`: of a query's class, "no object" included.
+- `loss_mask`: binary cross-entropy of a matched mask, at sampled points.
+- `loss_dice`: dice loss of a matched mask, at the same points.
+
+The three terms are unweighted, and those of the last prediction, which is the model's result.
+
+What goes wrong without stopping the training is counted since its start (or since it was resumed), if it happens:
+
+- `non_finite_costs`: costs of matching that were NaN or infinite.
+- `skipped_images`: images that could not be used.
+"""
+
+import resource
+import sys
+from collections.abc import Mapping
+from functools import reduce
+from typing import Any
+
+import torch
+
+
+try:
+    from accelerate.utils import gather_object
+except ImportError as error:
+    raise ImportError('training needs accelerate: pip install "proscale-hf[train]"') from error
+
+from ..evaluation.report import MEASURES
+
+
+LOSS_TERMS = ("loss_cross_entropy", "loss_mask", "loss_dice")
+BEST_BY = {"panoptic": "PQ", "instance": "AP", "semantic": "mIoU"}
+
+
+def loss_terms(outputs: Any) -> dict[str, torch.Tensor]:
+    """The model's `loss` and the terms of its last prediction, detached."""
+    terms = {"loss": outputs.loss, **{name: outputs.loss_dict[name] for name in LOSS_TERMS}}
+    return {name: value.detach().float() for name, value in terms.items()}
+
+
+class Averages:
+    """Means of what is added, over time and processes; values stay on their device until they are asked for."""
+
+    def __init__(self):
+        self.sums: dict[str, torch.Tensor] = {}
+        self.count = 0
+
+    def add(self, values: Mapping[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.count += 1
+
+    def take(self, accelerator: Any) -> dict[str, float]:
+        """The means since the last call; all processes must call this together."""
+        means = torch.stack(list(self.sums.values())) / self.count
+        values = accelerator.reduce(means, "mean").tolist()
+        names = list(self.sums)
+        self.__init__()
+        return dict(zip(names, values, strict=True))
+
+
+def count_faults(accelerator: Any, model: Any, dataset: Any) -> dict[str, int]:
+    """`non_finite_costs` and `skipped_images` over all processes, which must call this together; those above 0.
+
+    Args:
+        accelerator: an `accelerate.Accelerator`.
+        model: as the accelerator prepared it, or not prepared.
+        dataset: the `SegmentationDataset` that the training reads.
+    """
+    costs = torch.tensor(accelerator.unwrap_model(model).criterion.non_finite_costs, device=accelerator.device)
+    counts = {"non_finite_costs": int(accelerator.reduce(costs)), "skipped_images": len(skipped_images(dataset))}
+    return {name: count for name, count in counts.items() if count}
+
+
+def skipped_images(dataset: Any) -> list[str]:
+    """The files that were left out of a `SegmentationDataset`; all processes must call this together."""
+    return sorted(set(gather_object(getattr(dataset, "skipped", []))))
+
+
+def headline(results: Mapping[str, Any]) -> dict[str, float]:
+    """The main numbers of an evaluation by their usual names: PQ, SQ, ..., AP, mIoU; `skipped_images` if there are."""
+    numbers = {
+        name: float(reduce(lambda level, key: level[key], path, results))
+        for name, path in MEASURES.items()
+        if path[0] in results
+    }
+    return numbers | ({"skipped_images": len(results["skipped"])} if results["skipped"] else {})
+
+
+def best_measure(results: Mapping[str, Any]) -> str:
+    """Which of `headline` decides about the best model: that of the first task that was evaluated."""
+    return BEST_BY[next(task for task in results if task in BEST_BY)]
+
+
+def peak_memory(device: torch.device) -> float:
+    """Gigabytes (1e9 bytes) at most so far: of the GPU's memory, or else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,336 @@
+"""Training with transformers' `Trainer`: what segmentation adds to it, and what a recipe means in its settings."""
+
+import math
+import os
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer import TRAINER_STATE_NAME
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+except ImportError as error:
+    raise ImportError('training needs accelerate: pip install "proscale-hf[train]"') from error
+
+from ..data.collate import collate
+from ..evaluation.agreement import choose_tasks
+from ..evaluation.evaluator import evaluate
+from ..image_io import one_line
+from .checkpoint import CheckpointError, flush
+from .ema import create_ema
+from .measures import BEST_BY, Averages, count_faults, loss_terms
+from .metrics import summary
+from .optimization import create_optimizer, create_scheduler, split_batch
+from .recipe import OptimizationSection, Recipe
+
+
+UNFINISHED = ".unfinished"  # where a checkpoint is written; `Trainer` takes nothing in it for a checkpoint
+AVERAGE_FILE = "average.safetensors"
+
+
+class SegmentationTrainer(Trainer):
+    """`Trainer` for this model and `proscale_hf`'s data sets.
+
+    Beside `Trainer`'s own entries, the log has the terms of the loss that `measures.py` explains, averaged over the
+    steps since the last entry and over all processes. If there are any, it also counts `non_finite_costs` (of matching:
+    NaN or infinite) and `skipped_images` (that cannot be read), since the start.
+
+    A checkpoint gets its name, `checkpoint-N`, once all of it is on disk, and only then older ones are deleted. With an
+    average of the weights (`optimization.ema`), it is the average that is evaluated, and that `model` holds after
+    training; checkpoints have both.
+
+    Args:
+        optimization: of a recipe; default: `Trainer`'s own, by its `args`.
+        tasks: what `evaluate` measures; default: all that the data set has the truth for. Unless `args` say otherwise,
+            the first one decides which checkpoint is best.
+        options: of `Trainer`. `train_dataset` is a `TransformedDataset`, while `eval_dataset` is a
+            `SegmentationDataset`, since evaluation begins with the original images; `processing_class` is the image
+            processor. `data_collator` is `collate` if not given.
+
+    Raises:
+        ValueError: several GPUs in one process, or an average of sharded weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        optimization: OptimizationSection | None = None,
+        tasks: Collection[str] | None = None,
+        **options: Any,
+    ):
+        options.setdefault("data_collator", collate)
+        super().__init__(**options)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process cannot train on {self.args.n_gpu} GPUs: start it with `accelerate launch`, or choose one "
+                "GPU with CUDA_VISIBLE_DEVICES"
+            )
+        self.optimization = optimization
+        self.tasks = tasks
+        if self.args.metric_for_best_model in (None, "loss") and hasattr(self.eval_dataset, "source"):
+            self.args.metric_for_best_model = BEST_BY[choose_tasks(self.eval_dataset, tasks)[0]].lower()
+            self.args.greater_is_better = True
+        self.averages = Averages()
+        self.is_saving = False
+        self.ema = None
+        if optimization is not None and optimization.ema is not None:
+            if self.is_fsdp_enabled:
+                raise ValueError("an average of sharded weights is not possible: set optimization.ema to null")
+            self.ema = create_ema(self.model, optimization.ema)
+        self.add_callback(SegmentationCallback(self))
+
+    # Optimization
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.optimization is not None:
+            self.optimizer = create_optimizer(self.model if model is None else model, self.optimization)
+        return super().create_optimizer(model)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.lr_scheduler is None and self.optimization is not None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = create_scheduler(optimizer, self.optimization, num_training_steps)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _get_learning_rate(self) -> float:
+        """The recipe's, for the log; the backbone's, which comes first, is a share of it."""
+        return max(self.lr_scheduler.get_last_lr())
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        output = super().train(*arguments, **options)
+        if self.ema is not None:
+            self.model.load_state_dict(self.ema.module.state_dict())
+        return output
+
+    # Log
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **options: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
+        if model.training:
+            self.averages.add(loss_terms(outputs))
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # of training; all processes come here at the same step
+            if not math.isfinite(logs["loss"]):
+                raise ValueError(
+                    f"the loss is {logs['loss']} at step {self.state.global_step}: lower the learning rate"
+                )
+            logs.update(self.averages.take(self.accelerator) | {"loss": logs["loss"]})
+            dataset = getattr(self.train_dataset, "dataset", self.train_dataset)
+            logs.update(count_faults(self.accelerator, self.model, dataset))
+        super().log(logs, start_time)
+
+    # Evaluation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measures the model, or the average of its weights. Images are counted and forgotten, one batch after another.
+
+        Args:
+            eval_dataset: a `SegmentationDataset`, or several by name; default: the trainer's.
+            ignore_keys: without effect; `Trainer` has it.
+            metric_key_prefix: of the names.
+
+        Returns:
+            `eval_pq`, `eval_sq`, `eval_rq`, `eval_pq_things`, `eval_pq_stuff`, `eval_ap`, `eval_ap50`, `eval_miou`,
+            those that belong to the tasks, in 0..1; `eval_images` and `eval_images_per_second`.
+
+        Raises:
+            ValueError: model and data set do not belong together, or an image or annotation cannot be used.
+        """
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(eval_dataset, dict):
+            parts = [
+                self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
+                for name, dataset in eval_dataset.items()
+            ]
+            return {name: value for part in parts for name, value in part.items()}
+
+        results = evaluate(
+            self.model if self.ema is None else self.ema.module,
+            self.processing_class,
+            eval_dataset,
+            tasks=self.tasks,
+            batch_size=self.args.per_device_eval_batch_size,
+            workers=self.args.dataloader_num_workers,
+            dtype=torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None,
+            accelerator=self.accelerator,
+        )
+        extra = {name: results[name] for name in ("images", "images_per_second")}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in (summary(results) | extra).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # Checkpoints
+
+    def create_model_card(self, *arguments: Any, **options: Any) -> None:
+        """The model has written one, in `save_pretrained`."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As `Trainer`'s, but written in another folder, and moved to its place when it is whole."""
+        place = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        unfinished = place.parent / UNFINISHED / place.name
+        one_per_disk = self.is_local_process_zero()
+        if one_per_disk:
+            shutil.rmtree(unfinished.parent, ignore_errors=True)  # of a process that was killed
+        self.accelerator.wait_for_everyone()
+        self.is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self.note_best_checkpoint(place)
+            if self.args.should_save:
+                self.state.save_to_json(unfinished / TRAINER_STATE_NAME)
+                if self.ema is not None:
+                    save_file(self.ema.state_dict(), unfinished / AVERAGE_FILE)
+            self.accelerator.wait_for_everyone()
+            if one_per_disk and unfinished.is_dir():  # another node that sees the same disk may have moved it
+                put_in_place(unfinished, place)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(f"cannot write {place}: {one_line(error)}; earlier checkpoints are whole") from error
+        finally:
+            self.is_saving = False
+            if one_per_disk:
+                shutil.rmtree(unfinished.parent, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(place))
+        if self.args.should_save:
+            rotate_checkpoints(
+                str(place.parent), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, UNFINISHED) if self.is_saving else folder
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_saving:  # else it is not in its place yet
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def note_best_checkpoint(self, place: Path) -> None:
+        """Set `state.best_model_checkpoint`, if the best is the one being saved, or saved already."""
+        best = place.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        if best == place or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self.load_average(resume_from_checkpoint)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(f"cannot resume from {resume_from_checkpoint}: {one_line(error)}") from error
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.load_average(self.state.best_model_checkpoint)
+
+    def load_average(self, checkpoint: str) -> None:
+        """Restore the average of the weights; it begins anew with a checkpoint that has none."""
+        if self.ema is None:
+            return
+        file = Path(checkpoint, AVERAGE_FILE)
+        if file.is_file():
+            self.ema.load_state_dict(load_file(file))
+        else:
+            self.ema.module.load_state_dict(self.model.state_dict())
+
+
+class SegmentationCallback(TrainerCallback):
+    """What `SegmentationTrainer` does at each epoch and step.
+
+    Args:
+        trainer: it.
+    """
+
+    def __init__(self, trainer: SegmentationTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **references: Any
+    ) -> None:
+        dataset = self.trainer.train_dataset
+        if hasattr(dataset, "set_epoch"):  # with several processes, accelerate's data loader does not
+            dataset.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **references: Any
+    ) -> None:
+        if self.trainer.ema is not None:
+            self.trainer.ema.update_parameters(self.trainer.accelerator.unwrap_model(self.trainer.model))
+        if state.global_step >= state.max_steps and args.eval_strategy != "no":
+            control.should_evaluate = True
+        control.should_log |= control.should_save  # nothing is saved that the loss tells to be broken
+
+
+def training_settings(recipe: Recipe, processes: int) -> dict[str, Any]:
+    """
+    What a recipe means in `TrainingArguments`.
+
+    Args:
+        recipe: it.
+        processes: how many train together.
+
+    Returns:
+        Keyword arguments, but for `max_steps`, which may depend on the data, see `count_steps`. The rest of the
+        recipe's optimization is `SegmentationTrainer`'s argument of that name.
+
+    Raises:
+        RecipeError: the batch cannot be divided.
+    """
+    optimization, evaluation = recipe.optimization, recipe.evaluation
+    device_batch_size, passes = split_batch(optimization, processes)
+    settings = {
+        "per_device_train_batch_size": device_batch_size,
+        "gradient_accumulation_steps": passes,
+        "per_device_eval_batch_size": evaluation.batch_size,
+        "learning_rate": optimization.learning_rate,
+        "max_grad_norm": optimization.clip or 0.0,
+        "bf16": optimization.precision == "bf16",
+        "fp16": optimization.precision == "fp16",
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "dataloader_num_workers": recipe.workers,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "dataloader_drop_last": True,
+        "ddp_find_unused_parameters": False,
+        "remove_unused_columns": False,
+        "logging_steps": recipe.log_every,
+        "logging_nan_inf_filter": False,  # it hides a NaN, and waits for the GPU at each step to do so
+        "save_steps": recipe.checkpoint.every,
+        "save_total_limit": recipe.checkpoint.keep,
+        "report_to": "none",
+    }
+    if recipe.data.validation is not None:
+        settings |= {
+            "eval_strategy": "steps",
+            "eval_steps": evaluation.every,
+        }
+    return settings
+
+
+def put_in_place(folder: Path, place: Path) -> None:
+    """Move a finished folder to `place`; one that is there already is replaced.
+
+    Raises:
+        OSError: a file did not reach the disk, or the folder cannot be moved.
+    """
+    flush(folder)
+    if place.exists():
+        place.rename(folder.with_name("replaced"))
+    folder.rename(place)
