@@ -137,7 +137,7 @@ class TestSegment:
         assert Path("odd_segmented.png").is_file()
 
     def test_without_torchvision_the_result_is_the_same_kind(self, photo, saved_model, monkeypatch):
-        monkeypatch.setattr("proscale_hf.auto_registration.is_torchvision_available", lambda: False)
+        monkeypatch.setattr("transformers.utils.is_torchvision_available", lambda: False)
         _, processor = loading.load_model(str(saved_model))
         assert type(processor) is ProScaleMask2FormerImageProcessorPil
         assert processor.label_ids_to_fuse == [3]

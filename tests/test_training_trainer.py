@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from helpers import TINY_RESNET, TINY_SWIN, tiny_model
 from proscale_hf import ProScaleMask2FormerForUniversalSegmentation, ProScaleMask2FormerImageProcessorPil
@@ -247,6 +249,15 @@ def test_the_best_checkpoint_is_kept_and_loaded(processor, tmp_path):
     assert state["best_model_checkpoint"] == str(best)
 
 
+def test_the_average_of_the_best_checkpoint_is_loaded(processor, tmp_path):
+    optimization = OptimizationSection(learning_rate=1e-2, max_steps=4, batch_size=2, ema=0.5)
+    options = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "load_best_model_at_end": True}
+    trainer = make_trainer(tmp_path, processor, optimization=optimization, callbacks=[Scores(0.3, 0.2)], **options)
+    trainer.train()
+    average = load_file(tmp_path / "checkpoint-2" / "average.safetensors")
+    torch.testing.assert_close(trainer.model.class_predictor.weight, average["module.class_predictor.weight"])
+
+
 def test_early_stopping(processor, tmp_path):
     callbacks = [Scores(0.3, 0.2, 0.1, 0.0), EarlyStoppingCallback(2)]
     trainer = make_trainer(tmp_path, processor, callbacks=callbacks, eval_strategy="steps", eval_steps=1)
@@ -274,24 +285,24 @@ def test_the_average_is_evaluated_and_returned(processor, tmp_path, backbone):
     torch.testing.assert_close(trainer.model.get_parameter(name), trainer.ema.module.get_parameter(name))
 
 
-@pytest.mark.parametrize("part", ["model", "optimizer", "state"])
-def test_a_full_disk_leaves_the_checkpoint_before_it_whole(processor, tmp_path, monkeypatch, part):
+@pytest.mark.parametrize("largest", ["model.safetensors", "optimizer.pt"])
+def test_a_full_disk_leaves_the_checkpoint_before_it_whole(processor, tmp_path, largest):
+    """After the first checkpoint no file can become as large as the one that is named."""
     trainer = make_trainer(tmp_path, processor, save_steps=1, save_total_limit=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = {}
 
     class FullDisk(TrainerCallback):
         def on_save(self, args, state, control, **references):
             before.update(files_of(tmp_path / "checkpoint-1"))
-
-            def fail(*arguments, **options):
-                raise OSError(28, "No space left on device")
-
-            method = {"model": "_save", "optimizer": "_save_rng_state", "state": "note_best_checkpoint"}[part]
-            monkeypatch.setattr(trainer, method, fail)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[largest]) - 1000, limits[1]))
 
     trainer.add_callback(FullDisk())
-    with pytest.raises(CheckpointError, match=r"cannot write .*checkpoint-2.*No space left.*earlier .* whole"):
-        trainer.train()
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write .*checkpoint-2: .*; earlier .* whole"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert files_of(tmp_path / "checkpoint-1") == before
     resumed = make_trainer(tmp_path, processor)
