@@ -20,6 +20,7 @@ from typing import NoReturn
 
 
 try:
+    import torch
     from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArguments
     from transformers.integrations import get_available_reporting_integrations
     from transformers.trainer import TRAINER_STATE_NAME
@@ -144,6 +145,8 @@ def train(recipe: Recipe, arguments: TrainingArguments) -> None:
 def main() -> None:
     try:
         train(*parse_arguments(sys.argv[1:]))
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of memory: lower optimization.device_batch_size, the rest of a batch is accumulated")
     except (ValueError, OSError) as error:
         # an error of a worker that loads images comes with its traceback, and its text last
         sys.exit(f"error: {str(error).strip().splitlines()[-1].rpartition('Error: ')[2]}")

@@ -73,6 +73,10 @@ def test_instances_as_in_the_example_scripts(tmp_path, categories):
         [[0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]],
     ]
     assert [segment["area"] for segment in sample.segments] == [4, 2]
+    options = {"split": "train", "categories": categories, "form": "instance", "reduce_labels": True}
+    table([picture + np.array([1, 0, 0], np.uint8)]).save_to_disk(tmp_path / "reduced")
+    reduced = open_dataset("hub", path=tmp_path / "reduced", **options)[0]
+    assert (reduced.segments, reduced.masks) == (sample.segments, sample.masks)
     picture[1, 3] = (6, 3, 0)
     table([picture]).save_to_disk(tmp_path / "other")
     with pytest.raises(SampleError, match=r"ids \[6\] are not among the 2 categories"):

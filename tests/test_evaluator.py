@@ -10,10 +10,11 @@ from evaluation_data import CATEGORIES, ID2LABEL, STUFF, NearlyRight, instance_j
 from helpers import tiny_model
 from proscale_hf import ProScaleMask2FormerImageProcessorPil
 from proscale_hf.data.sample import SampleError
+from proscale_hf.data.sources import open_dataset
 from proscale_hf.evaluation.agreement import choose_tasks, match_labels
 from proscale_hf.evaluation.batches import BatchShare
 from proscale_hf.evaluation.evaluator import Evaluator, evaluate
-from proscale_hf.evaluation.instance_truth import InstanceAnnotations
+from proscale_hf.evaluation.instance_truth import InstanceAnnotations, ThingSegments
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +101,40 @@ class TestKnownNumbers:
         results = evaluator.compute()
         assert results["panoptic"]["All"]["pq"] == results["instance"]["AP"] == results["semantic"]["mIoU"] == 1.0
 
+    def test_instances_of_any_score_count(self, folder, processor):
+        evaluator = Evaluator(CATEGORIES, ["instance"])
+        for sample in open_set(folder):
+            outputs = right_outputs(sample.image.height)
+            outputs["class_queries_logits"] /= 20  # the right class is more likely than others, but below one half
+            evaluator.update([sample], outputs, processor)
+        assert evaluator.compute()["instance"]["AP50"] > 0.5
+
+    def test_labels_that_the_data_do_not_have_are_left_out(self, folder, tmp_path, processor):
+        truth = InstanceAnnotations(instance_json(tmp_path / "instances.json", folder), CATEGORIES)
+        evaluator = Evaluator(CATEGORIES, ["instance"], [0, 1, None, None], truth)
+        processor.label_ids_to_fuse = []  # so that grass is found as an instance, too
+        for sample in open_set(folder):
+            evaluator.update([sample], right_outputs(sample.image.height), processor)
+        assert evaluator.compute()["instance"]["AP"] == pytest.approx(1.0)
+
 
 class TestInstanceAnnotations:
+    def test_ids_and_areas_are_what_the_file_says(self, folder, tmp_path):
+        path = instance_json(tmp_path / "instances.json", folder)
+        content = json.loads(path.read_text())
+        for category in content["categories"]:
+            category["id"] *= 100
+        for annotation in content["annotations"]:
+            annotation["category_id"] *= 100
+            annotation["area"] = 5.5
+        path.write_text(json.dumps(content))
+        sample = open_set(folder)[0]
+        true = InstanceAnnotations(path, CATEGORIES)(sample)
+        assert true["labels"] == [7, 7, 3, 3] and true["area"] == [5.5] * 4 and true["iscrowd"] == [0, 0, 1, 0]
+        dataset = open_dataset("coco_instance", images=str(folder / "images"), annotations=str(path))
+        own = ThingSegments(dataset.categories)(dataset[0])
+        assert own["labels"] == [700, 700, 300, 300] and own["area"] == [5.5] * 4
+
     def test_same_truth_same_result(self, folder, tmp_path, model, model_processor):
         dataset = open_set(folder)
         truth = InstanceAnnotations(instance_json(tmp_path / "instances.json", folder), dataset.categories)
@@ -144,8 +177,6 @@ class TestInstanceData:
 
     @pytest.fixture
     def dataset(self, folder, tmp_path):
-        from proscale_hf.data.sources import open_dataset
-
         path = instance_json(tmp_path / "instances.json", folder)
         return open_dataset("coco_instance", images=str(folder / "images"), annotations=str(path))
 

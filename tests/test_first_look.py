@@ -58,6 +58,14 @@ class TestLook:
         assert "photo2.png" in seen.errors[0]
         assert "photo2.png" in seen.to_text() and "1 cannot be used" in seen.to_text()
 
+    def test_crowds_alone_are_nothing_to_train_on(self, folder):
+        content = json.loads((folder / "panoptic.json").read_text())
+        for segment in content["annotations"][2]["segments_info"]:
+            segment["iscrowd"] = 1
+        (folder / "panoptic.json").write_text(json.dumps(content))
+        seen = look(open_set(folder))
+        assert seen.empty == 1 and seen.empty_files[0].endswith("photo2.png")
+
     def test_ids_outside_the_list_are_named(self, folder):
         with Image.open(folder / "maps" / "photo3.png") as picture:
             pixels = np.array(picture)

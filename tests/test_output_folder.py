@@ -11,6 +11,7 @@ def test_it_appears_when_it_is_complete(tmp_path):
         assert not (tmp_path / "new" / "output").exists()
     assert (tmp_path / "new" / "output" / "file").read_text() == "text"
     assert len(list((tmp_path / "new").iterdir())) == 1
+    assert (tmp_path / "new" / "output").stat().st_mode & 0o777 == 0o755  # temporary folders are for their owner alone
 
 
 def test_nothing_is_left_of_a_failure(tmp_path):
