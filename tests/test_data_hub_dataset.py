@@ -1,7 +1,6 @@
 """Data sets in the format of `datasets`: on disk and from a Hub, in all three forms."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -159,11 +158,7 @@ def test_from_the_hub(tmp_path, categories):
         hub.create("alice/fields", type="dataset", files={"data/train-00000-of-00001.parquet": content})
         script = f"open({str(tmp_path / 'ran')!r}, 'w')".encode()
         hub.create("alice/scripted", type="dataset", files={"scripted.py": script})
-        environment = {
-            **os.environ,
-            **hub.environment(tmp_path / "hub_cache", token="hf_alice"),
-            "PYTHONPATH": str(ROOT),
-        }
+        environment = hub.environment(tmp_path / "hub_cache", token="hf_alice", PYTHONPATH=str(ROOT))
         command = [sys.executable, "-c", CLIENT, str(categories)]
         result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,15 @@ FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OPTION = re.compile(r"--[\w-]+")
 
 
+NEED_TORCHVISION = {"augmentation.md", "fine_tuning.md", "training.md"}
+without_torchvision = pytest.mark.skipif(find_spec("torchvision") is None, reason="training needs torchvision")
+
+
 def blocks(language: str) -> list:
     return [
-        pytest.param(code, id=f"{page.name}-{number}")
+        pytest.param(
+            code, id=f"{page.name}-{number}", marks=[without_torchvision] if page.name in NEED_TORCHVISION else []
+        )
         for page in PAGES
         for number, (found, code) in enumerate(FENCE.findall(page.read_text()))
         if found == language

@@ -240,8 +240,9 @@ class TestLabels:
         assert match_labels(names, [0], CATEGORIES[:2], ["instance"]) == [None, 0, 1]
 
     def test_things_and_stuff_must_agree(self):
-        with pytest.raises(ValueError, match=r"\[dog, sky\].*label_ids_to_fuse"):
-            match_labels(ID2LABEL, [1, 2], CATEGORIES, ["panoptic"])
+        for task in ("panoptic", "instance"):
+            with pytest.raises(ValueError, match=r"\[dog, sky\].*label_ids_to_fuse"):
+                match_labels(ID2LABEL, [1, 2], CATEGORIES, [task])
         assert match_labels(ID2LABEL, [1, 2], CATEGORIES, ["semantic"]) == [0, 1, 2, 3]
 
 

@@ -1,7 +1,6 @@
 """What an evaluation found: a Markdown table with the paper's columns for people, JSON for programs."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -63,7 +62,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
 def percent(report: Mapping[str, Any], path: Sequence[str]) -> str:
     """The value at the end of a path of keys, as `"52.0"`; "-" if there is none."""
     value = reduce(lambda level, key: {} if level is None else level.get(key), path, report)
-    return "-" if value is None or math.isnan(value) or value < 0 else f"{100 * value:.1f}"
+    return "-" if value is None or value < 0 else f"{100 * value:.1f}"  # AP is -1 where there is no object to find
 
 
 def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
@@ -78,18 +77,12 @@ def cell(value: Any) -> str:
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
-    """Write `results.json` (everything, unrounded; null where nothing could be measured) and `results.md`.
+    """Write `results.json` (everything, unrounded; where nothing could be measured, AP is -1 and IoU null) and
+    `results.md`.
 
     Raises:
         ValueError: they cannot be written.
     """
-    text = json.dumps(without_nan(report), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
     write_whole(folder / "results.json", lambda file: file.write(text.encode()))
     write_whole(folder / "results.md", lambda file: file.write(to_markdown(report).encode()))
-
-
-def without_nan(value: Any) -> Any:
-    """JSON knows no NaN."""
-    if isinstance(value, Mapping):
-        return {key: without_nan(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
