@@ -5,6 +5,7 @@ JSON file of the same name beside it (`expected.json` of `expected.safetensors`)
 sizes, thresholds, and which labels are things and stuff.
 """
 
+import contextlib
 import itertools
 import json
 import re
@@ -127,7 +128,8 @@ def compare_with_recorded(
     pixel_values = recorded["pixel_values"].float()
     auxiliary = any(name.startswith("aux.") for name in recorded)
     has_maps = any(MAP.fullmatch(name) for name in recorded)
-    output = _run(model, pixel_values, output_hidden_states=True, output_auxiliary_logits=auxiliary)
+    with _one_thread():
+        output = _run(model, pixel_values, output_hidden_states=True, output_auxiliary_logits=auxiliary)
 
     comparisons = []
     for comparison in itertools.chain(
@@ -150,6 +152,17 @@ def compare_with_recorded(
     if has_maps and not facts:
         lines.append(f"segmentation maps not compared: there is no {path.with_suffix('.json').name} with their sizes")
     return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Other numbers of threads round differently, which may turn a pixel of an attention mask, and what follows."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _run(model: ProScaleMask2FormerForUniversalSegmentation, pixel_values: Tensor, **options: Any) -> ModelOutput:

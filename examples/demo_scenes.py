@@ -25,8 +25,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from skimage import data as photographs
-from sklearn.datasets import load_digits
+
+
+try:
+    from skimage import data as photographs
+    from sklearn.datasets import load_digits
+except ImportError as error:
+    sys.exit(f'error: {error.name} is not installed: pip install "proscale-hf[demo]"')
 
 
 SPLITS = ("train", "held-out")

@@ -138,6 +138,13 @@ def test_bad_input_is_named(prediction, message):
         measure({3: (prediction, truth)})
 
 
+def test_areas_of_the_truth_must_be_numbers():
+    mask = coco_mask.encode(rectangle(0, 0, 9, 9))
+    truth = {"masks": [mask], "labels": [1], "iscrowd": [0], "area": [float("nan")]}
+    with pytest.raises(ValueError, match="Image 3: the truth has an instance whose area is nan"):
+        measure({3: ({"masks": [], "labels": [], "scores": []}, truth)})
+
+
 def test_an_image_counts_once():
     image = random_image(np.random.default_rng(2), crowded=False)
     counted = measure({3: image})

@@ -150,6 +150,8 @@ class TestWrongCommandLine:
             ([], "COMMAND"),
             (["paint"], "choose from"),
             (["segment"], "PHOTO"),
+            (["segment", "photo.jpg", "other.jpg"], "other.jpg (see proscale segment --help)"),
+            (["figure", "recalibration", "a.png", "--output", "b.png", "--x"], "--x (see proscale figure recal"),
             (["segment", "photo.jpg", "--task", "depth"], "panoptic"),
             (["segment", "photo.jpg", "--output", "o.xyz"], ".png"),
             (["segment", "photo.jpg", "--output", "o"], ".png"),

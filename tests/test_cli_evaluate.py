@@ -200,12 +200,14 @@ def launch(arguments: list[str], processes: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", ["2", "5"])
 def test_two_processes_find_what_one_finds(command, batch_size):
-    options = ["--batch-size", batch_size, "--save-predictions"]
+    Path("set/images/photo3.png").write_bytes(b"no picture")  # among those of the second process, if that has any
+    options = ["--batch-size", batch_size, "--save-predictions", "--on-error", "skip"]
     assert main([*command, *options, "--output", "one"]) == 0
     launch([*command[1:], *options, "--output", "two"], 2)
     one, two = (json.loads(Path(name, "results.json").read_text()) for name in ("one", "two"))
-    for name in ("panoptic", "instance", "semantic", "images"):
+    for name in ("panoptic", "instance", "semantic", "images", "skipped"):
         assert one[name] == two[name]
+    assert len(one["skipped"]) == 1 and "photo3.png" in one["skipped"][0]
     assert two["versions"]["processes"] == "2"
     for name in os.listdir("one/panoptic"):
         assert Path("one/panoptic", name).read_bytes() == Path("two/panoptic", name).read_bytes()

@@ -141,7 +141,7 @@ class TestNames:
 
 def test_semantic_pictures_hold_category_ids(output):
     label_map = np.arange(24).reshape(4, 6) % 4
-    for rank, last_id in enumerate((12, 40_000)):
+    for rank, last_id in enumerate((12, 255, 256, 40_000)):
         categories = [*CATEGORIES[:3], {**CATEGORIES[3], "id": last_id}]
         with PredictionFiles(output, categories, rank) as files:
             files.add_semantic(sample(rank), label_map)
@@ -149,7 +149,7 @@ def test_semantic_pictures_hold_category_ids(output):
         assert ids[0].tolist() == [7, 3, 90, last_id, 7, 3]
     files = PredictionFiles(output, [*CATEGORIES[:3], {**CATEGORIES[3], "id": 2**16}])
     with pytest.raises(ValueError, match="category id 65536 is above"):
-        files.add_semantic(sample(2), label_map)
+        files.add_semantic(sample(9), label_map)
 
 
 def test_several_processes_write_into_one_folder(output):

@@ -73,6 +73,20 @@ def test_recorded_sets_agree(folder):
     assert stages == STAGES  # all of them, in the order of computation
 
 
+def test_threads_do_not_change_the_comparison():
+    """With four a pixel of an attention mask turns on some processors, and the last stage departs by 0.005."""
+    before = torch.get_num_threads()
+    tables = []
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            tables.append(compare_with_recorded(*converted(), FIXTURE / "expected.safetensors"))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert tables[0] == tables[1]
+
+
 @pytest.mark.parametrize(
     ("weight", "stage"),
     [

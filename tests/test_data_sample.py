@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from proscale_hf.data.sample import Sample, SampleError, distinct_values
+from proscale_hf.data.sample import Sample, SampleError, distinct_values, few
 from proscale_hf.packed_masks import unpack_masks
 
 
@@ -98,3 +98,8 @@ def test_distinct_values():
     regions = np.repeat(np.repeat(generator.integers(0, 50, (5, 7)), 9, axis=0), 11, axis=1)
     for values in (regions, generator.integers(0, 2**24, (20, 30)), np.array([[3]]), np.zeros((0, 4), int)):
         assert np.array_equal(distinct_values(values), np.unique(values))
+
+
+def test_few_ids():
+    assert few({10, "b", 2, "a"}) == "[2, 10, a, b]"
+    assert few(range(11)) == "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...]"

@@ -38,6 +38,7 @@ def test_python_snippets_run(code, tmp_path, monkeypatch):
     for name in ("examples", "proscale_hf", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # a snippet may change it
     exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
 
 

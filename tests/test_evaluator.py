@@ -282,6 +282,7 @@ class TestEvaluate:
     def test_the_model_stays_in_its_mode(self, folder, model, model_processor):
         dataset = open_set(folder)
         expected = evaluate(model, model_processor, dataset)
+        assert not model.training
         model.train()
         try:
             assert evaluate(model, model_processor, dataset)["panoptic"] == expected["panoptic"]
@@ -292,6 +293,13 @@ class TestEvaluate:
             assert model.training
         finally:
             model.eval()
+
+    def test_a_model_that_is_wrapped_for_several_processes(self, folder, model, model_processor):
+        accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
+        dataset = open_set(folder)
+        expected = evaluate(model, model_processor, dataset)
+        found = evaluate(torch.nn.DataParallel(model), model_processor, dataset, accelerator=accelerator)
+        assert found["panoptic"] == expected["panoptic"]
 
     def test_bfloat16(self, folder, real_model, processor):
         seen = []

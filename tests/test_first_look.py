@@ -8,9 +8,9 @@ from PIL import Image
 
 from evaluation_data import STRIPES, instance_json, open_set, options_of, write_set
 from proscale_hf.cli import main
-from proscale_hf.cli.dataset_options import setting
+from proscale_hf.cli.dataset_options import DATASETS, setting
 from proscale_hf.data.first_look import look, segments_to_draw
-from proscale_hf.data.sources import open_dataset
+from proscale_hf.data.sources import SOURCE_CLASSES, open_dataset
 
 
 @pytest.fixture
@@ -135,6 +135,9 @@ class TestCommand:
     )
     def test_values_of_options(self, text, value):
         assert setting(f"void={text}") == ("void", value)
+
+    def test_the_help_names_all_data_sets(self):
+        assert tuple(SOURCE_CLASSES) == DATASETS
 
     def test_unknown_data_set(self, capsys):
         assert main(["first-look", "--dataset", "coc"]) == 1

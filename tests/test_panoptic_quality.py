@@ -211,6 +211,33 @@ def test_predictions_of_other_images_are_ignored(tmp_path):
     assert panoptic_quality_of_files(*more, processes=1) == panoptic_quality_of_files(*paths, processes=1)
 
 
+def test_an_image_that_the_truth_lists_twice_counts_twice(tmp_path):
+    """As in the reference, which goes through the truth's list."""
+    truth, prediction = (json.loads((FIXTURE / name).read_text()) for name in FILES[::2])
+    images = [truth["annotations"][position] for position in (0, 1, 1)]
+    (tmp_path / "twice.json").write_text(json.dumps({**truth, "annotations": images}))
+    result = panoptic_quality_of_files(tmp_path / "twice.json", *(FIXTURE / name for name in FILES[1:]), processes=1)
+    is_thing = {category["id"]: category["isthing"] == 1 for category in truth["categories"]}
+    expected = panoptic_quality.make_measure(is_thing)
+    for image in images:
+        pairs = [(image, next(a for a in prediction["annotations"] if a["image_id"] == image["image_id"]))]
+        expected.merge(panoptic_quality.count_images(is_thing, FIXTURE / FILES[1], FIXTURE / FILES[3], pairs))
+    assert result["All"] == pytest.approx(expected.compute()["All"], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("id", "x"), ("id", None), ("category_id", 2**70), ("category_id", "1"), ("area", None)]
+)
+def test_annotations_of_another_format_are_named(tmp_path, field, value):
+    content = json.loads((FIXTURE / "panoptic_gt.json").read_text())
+    annotation = content["annotations"][0]
+    annotation["segments_info"][0][field] = value
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    paths = (tmp_path / "other.json", *(FIXTURE / name for name in FILES[1:]))
+    with pytest.raises(ValueError, match=rf"image {annotation['image_id']}: .* not in the COCO-panoptic format"):
+        panoptic_quality_of_files(*paths, processes=1)
+
+
 def command_arguments(*paths):
     options = ("--gt-json", "--gt-folder", "--pred-json", "--pred-folder")
     return [text for pair in zip(options, map(str, paths), strict=True) for text in pair]
@@ -226,11 +253,17 @@ def test_command_prints_json():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not a JSON file"),
-        ('{"annotations": []}', "not in the COCO-panoptic format"),
+        ("{", "broken.json is not a JSON file"),
+        ("[]", "broken.json is not in the COCO-panoptic format"),
+        ('{"annotations": []}', "broken.json is not in the COCO-panoptic format: 'categories' is missing"),
+        ('{"categories": [], "annotations": []}', "broken.json has no annotations"),
         (
             '{"categories": [], "annotations": [{"image_id": 3, "file_name": "a", "segments_info": []}]}',
             "no prediction for the images with ids [3]",
+        ),
+        (
+            '{"categories": [], "annotations": [{"image_id": "a"}, {"image_id": 4}, {"image_id": 3}]}',
+            "no prediction for the images with ids [3, 4, 'a']",
         ),
     ],
 )

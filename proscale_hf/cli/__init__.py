@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .benchmark import add_benchmark_command
 from .choose import add_choose_command
@@ -19,13 +19,24 @@ from .segment import add_segment_command
 class _OneLineParser(argparse.ArgumentParser):
     """Reports a wrong command line in one line, without the usage block."""
 
+    def parse_known_args(self, *arguments: Any, **options: Any) -> tuple[argparse.Namespace, list[str]]:
+        """Refuses unknown words here, where the subcommand is known; argparse leaves that to `proscale`."""
+        namespace, unknown = super().parse_known_args(*arguments, **options)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
     def error(self, message: str) -> NoReturn:
         raise CommandError(f"{message} (see {self.prog} --help)", exit_code=2)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's parser; each subcommand sets `run`, the function that carries it out."""
-    parser = _OneLineParser(prog="proscale", description="PRO-SCALE image segmentation.")
+    parser = _OneLineParser(
+        prog="proscale",
+        description="Panoptic, instance and semantic segmentation with PRO-SCALE.",
+        epilog="`proscale COMMAND --help` says more about each.",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_OneLineParser)
     add_segment_command(commands)
     add_benchmark_command(commands)
@@ -56,5 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
+    except OSError as error:  # the disk that our output goes to is full, say
+        _forget_output()
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _forget_output() -> None:
+    """What could not be written is not tried again when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

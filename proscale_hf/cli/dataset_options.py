@@ -7,9 +7,13 @@ from typing import Any
 from .console import CommandError, user_errors
 
 
+# Their classes, in `data.sources`, need libraries that the help does without.
+DATASETS = ("coco_panoptic", "coco_instance", "cityscapes", "ade20k", "folder", "hub")
+
+
 def add_dataset_options(parser: argparse.ArgumentParser) -> None:
     """Adds `--dataset` and `--set` to a subcommand."""
-    parser.add_argument("--dataset", required=True, metavar="NAME", help="coco_panoptic, for example")
+    parser.add_argument("--dataset", required=True, metavar="NAME", help=f"one of {', '.join(DATASETS)}")
     parser.add_argument(
         "--set",
         action="append",
@@ -17,7 +21,8 @@ def add_dataset_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         dest="dataset_settings",
         metavar="OPTION=VALUE",
-        help="an option of the data set, such as root=FOLDER or split=val2017; may be given several times",
+        help="an option of the data set, such as root=FOLDER or split=val2017; may be given several times, and an "
+        "unknown one is answered with those that there are",
     )
 
 

@@ -36,7 +36,8 @@ def add_evaluate_command(commands: argparse._SubParsersAction) -> None:
         "--on-error",
         choices=("raise", "skip"),
         default="raise",
-        help="what an image or annotation that cannot be used does (default: %(default)s)",
+        help="an image or annotation that cannot be used ends the evaluation (raise, the default), or is left out and "
+        "listed in the report (skip)",
     )
     parser.add_argument(
         "--tasks", type=task_list, metavar="TASK,...", help=f"of {', '.join(TASKS)} (default: all that the data allow)"
@@ -47,7 +48,9 @@ def add_evaluate_command(commands: argparse._SubParsersAction) -> None:
         help="COCO instance JSON to measure AP against, as the paper does for COCO (default: the data set's things)",
     )
     parser.add_argument("--output", metavar="DIR", help="new folder for results.json and results.md")
-    parser.add_argument("--save-predictions", action="store_true", help="put them there, too, as COCO files")
+    parser.add_argument(
+        "--save-predictions", action="store_true", help="write the predictions there, too, as COCO files"
+    )
     parser.add_argument("--samples", type=positive, metavar="N", help="only the first N images")
     parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images at a time (default: 1)")
     parser.add_argument(

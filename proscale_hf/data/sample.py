@@ -143,8 +143,8 @@ def distinct_values(values: np.ndarray) -> np.ndarray:
 
 
 def few(values: Any) -> str:
-    """Ids for a message: sorted, the first ten."""
-    values = sorted(values)
+    """Ids for a message: sorted, numbers before texts, the first ten."""
+    values = sorted(values, key=lambda value: (isinstance(value, str), value))
     shown = ", ".join(str(value) for value in values[:FEW])
     return f"[{shown}, ...]" if len(values) > FEW else f"[{shown}]"
 

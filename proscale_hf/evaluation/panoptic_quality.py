@@ -19,6 +19,7 @@ prints the result of two COCO-panoptic sets as JSON.
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -27,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from operator import index
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -91,12 +93,14 @@ class PanopticQuality:
         prediction, ground_truth = np.asarray(prediction), np.asarray(ground_truth)
         check_maps(prediction, ground_truth)
         predicted_ids, true_ids, pixels = count_overlaps(prediction, ground_truth)
-        predicted = {int(segment["id"]): segment for segment in prediction_segments}
-        true = {int(segment["id"]): segment for segment in ground_truth_segments}
+        predicted = {index(segment["id"]): segment for segment in prediction_segments}
+        true = {index(segment["id"]): segment for segment in ground_truth_segments}
         self._check_prediction(prediction_segments, predicted, predicted_ids)
 
-        predicted_categories = np.array([segment["category_id"] for segment in predicted.values()], dtype=np.int64)
-        true_categories = np.array([segment["category_id"] for segment in true.values()], dtype=np.int64)
+        predicted_categories, true_categories = (
+            np.array([index(segment["category_id"]) for segment in segments.values()], dtype=np.int64)
+            for segments in (predicted, true)
+        )
         is_crowd = np.array([bool(segment.get("iscrowd", 0)) for segment in true.values()], dtype=bool)
         same_category = predicted_categories[:, None] == true_categories  # (predicted, true)
 
@@ -271,7 +275,7 @@ def panoptic_quality_of_files(
 ) -> dict[str, Any]:
     """Panoptic quality of a prediction in COCO-panoptic format; see `PanopticQuality.compute`.
 
-    Predictions of images that the ground truth does not list are ignored.
+    Predictions of images that the ground truth does not list are ignored; an image that it lists twice counts twice.
 
     Args:
         ground_truth_json, prediction_json: COCO-panoptic JSON files; the ground truth's lists the categories.
@@ -279,19 +283,20 @@ def panoptic_quality_of_files(
         processes: that share the work; default: one per core. The result does not depend on it.
 
     Raises:
-        ValueError: a file is missing or damaged, an image has no prediction, or a prediction is not what
-            `PanopticQuality.update` takes. The message names the file or the image.
+        ValueError: a file is missing or damaged, there are no images, an image has no prediction, or a prediction is
+            not what `PanopticQuality.update` takes. The message names the file or the image.
     """
     ground_truth, prediction = read_json(ground_truth_json), read_json(prediction_json)
-    try:
+    with coco_panoptic_format(ground_truth_json):
         is_thing = {category["id"]: category["isthing"] == 1 for category in ground_truth["categories"]}
+        truths = [(annotation["image_id"], annotation) for annotation in ground_truth["annotations"]]
+    with coco_panoptic_format(prediction_json):
         prediction_of = {annotation["image_id"]: annotation for annotation in prediction["annotations"]}
-        truths = {annotation["image_id"]: annotation for annotation in ground_truth["annotations"]}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"a JSON file is not in the COCO-panoptic format: {error!r}.") from error
-    if missing := truths.keys() - prediction_of.keys():
+    if not truths:
+        raise ValueError(f"{ground_truth_json} has no annotations, so there is nothing to measure.")
+    if missing := {image_id for image_id, _ in truths if image_id not in prediction_of}:
         raise ValueError(f"there is no prediction for the images with ids {few(missing)}.")
-    pairs = [(truth, prediction_of[image_id]) for image_id, truth in truths.items()]
+    pairs = [(truth, prediction_of[image_id]) for image_id, truth in truths]
     portions = [pairs[start : start + IMAGES_AT_A_TIME] for start in range(0, len(pairs), IMAGES_AT_A_TIME)]
     count = partial(count_images, is_thing, Path(ground_truth_folder), Path(prediction_folder))
     measure = make_measure(is_thing)
@@ -334,19 +339,26 @@ def count_images(
     measure = make_measure(is_thing)
     for truth, prediction in pairs:
         try:
-            measure.update(
-                read_colors(prediction_folder, prediction["file_name"]),
-                prediction["segments_info"],
-                read_colors(ground_truth_folder, truth["file_name"]),
-                truth["segments_info"],
-            )
+            with coco_panoptic_format("its annotation"):
+                measure.update(
+                    read_colors(prediction_folder, prediction["file_name"]),
+                    prediction["segments_info"],
+                    read_colors(ground_truth_folder, truth["file_name"]),
+                    truth["segments_info"],
+                )
         except ValueError as error:
             raise ValueError(f"image {truth['image_id']}: {error}") from error
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"image {truth['image_id']}: its annotations are not in the COCO-panoptic format: {error!r}."
-            ) from error
     return measure.state()
+
+
+@contextlib.contextmanager
+def coco_panoptic_format(name: str | Path) -> Iterator[None]:
+    """Turns what goes wrong where entries are missing, or of another type, into a ValueError that says so."""
+    try:
+        yield
+    except (KeyError, TypeError, OverflowError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{name} is not in the COCO-panoptic format: {reason}.") from error
 
 
 def read_colors(folder: Path, file_name: str) -> np.ndarray:
@@ -384,14 +396,17 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not a JSON file: {error}.") from error
 
 
-def few(ids: Iterable[int]) -> str:
+def few(ids: Iterable[int | str]) -> str:
     """Ids for a message: sorted, the first ten."""
-    ids = sorted(ids)
+    ids = sorted(ids, key=lambda each: (isinstance(each, str), each))
     return f"{ids[:10]}{' and more' if len(ids) > 10 else ''}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Panoptic quality of a prediction in COCO-panoptic format.")
+    parser = argparse.ArgumentParser(
+        prog="python -m proscale_hf.evaluation.panoptic_quality",
+        description="Print the panoptic quality of a prediction in COCO-panoptic format, as JSON.",
+    )
     parser.add_argument("--gt-json", type=Path, required=True, help="ground truth: JSON")
     parser.add_argument("--gt-folder", type=Path, required=True, help="ground truth: folder of PNG files")
     parser.add_argument("--pred-json", type=Path, required=True, help="prediction: JSON")
