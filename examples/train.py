@@ -21,13 +21,13 @@ from typing import NoReturn
 
 try:
     import torch
-    from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArguments
+    from transformers import EarlyStoppingCallback, HfArgumentParser, TrainerState, TrainingArguments
     from transformers.integrations import get_available_reporting_integrations
     from transformers.trainer import TRAINER_STATE_NAME
     from transformers.trainer_utils import get_last_checkpoint
 
     from proscale_hf.image_io import write_whole
-    from proscale_hf.training.checkpoint import save_model
+    from proscale_hf.training.checkpoint import reading, save_model
     from proscale_hf.training.optimization import count_steps
     from proscale_hf.training.recipe import Recipe, load_recipe
     from proscale_hf.training.setup import load_datasets, load_model_and_processor, training_set
@@ -107,11 +107,15 @@ def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
         raise ValueError(
             f"{output} has checkpoints of another training: add --resume_from_checkpoint last, or choose another folder"
         )
-    if given in (None, "last"):
-        return newest
-    if not Path(given, TRAINER_STATE_NAME).is_file():
-        raise ValueError(f"{given} is no checkpoint: give a folder checkpoint-N, or the word last")
-    return given
+    checkpoint = newest if given in (None, "last") else given
+    if checkpoint is None:
+        return None
+    state = Path(checkpoint, TRAINER_STATE_NAME)
+    if not state.is_file():
+        raise ValueError(f"{checkpoint} is no checkpoint: give a folder checkpoint-N, or the word last")
+    with reading(checkpoint):
+        TrainerState.load_from_json(state)
+    return checkpoint
 
 
 def train(recipe: Recipe, arguments: TrainingArguments) -> None:

@@ -96,7 +96,7 @@ def train(arguments: argparse.Namespace, recipe: Recipe) -> None:
         check_repo_id(arguments.push_to_hub)
         check_may_publish(model.config, private=False)
     examples = training_set(recipe, train_data, image_processor)
-    ema = None if optimization.ema is None else create_ema(model, optimization.ema).to(accelerator.device)
+    ema = None if optimization.ema is None else create_ema(model, optimization.ema, accelerator.device)
     optimizer = create_optimizer(model, optimization)
     scheduler = create_scheduler(optimizer, optimization, total_steps)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
@@ -170,9 +170,9 @@ def train(arguments: argparse.Namespace, recipe: Recipe) -> None:
                 checkpoint.save_checkpoint(accelerator, output, progress, ema, recipe.checkpoint.keep)
             if is_stopped and not is_finished:
                 raise ValueError(f"stopped by a signal after step {progress.step}, all is saved: go on with --resume")
-    checkpoint.save_model(accelerator, output, result, image_processor)
     if skipped := measures.skipped_images(train_data):
         accelerator.print(f"{len(skipped)} of the images could not be used, such as {skipped[0]}.")
+    checkpoint.save_model(accelerator, output, result, image_processor)
     accelerator.end_training()
     if arguments.push_to_hub and accelerator.is_main_process:
         type(accelerator.unwrap_model(model)).from_pretrained(output).push_to_hub(arguments.push_to_hub)

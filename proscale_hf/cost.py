@@ -42,9 +42,11 @@ OPERATION_COSTS = {
     torch.ops.aten.native_layer_norm: _by_input(NORM),
     torch.ops.aten.native_group_norm: _by_input(NORM),
     torch.ops.aten.native_batch_norm: _by_input(BATCH_NORM),
-    torch.ops.aten.native_batch_norm.default: _by_input(BATCH_NORM),  # or PyTorch 2.8 takes it apart, uncounted
     torch.ops.aten.upsample_bilinear2d: _by_output(BILINEAR),
     torch.ops.aten.upsample_nearest2d: _by_output(NEAREST),
+}
+OPERATION_COSTS |= {  # or PyTorch 2.8 takes some of them apart, uncounted
+    operation.default: cost for operation, cost in OPERATION_COSTS.items()
 }
 ACTIVATIONS = dict.fromkeys(flop_registry, _by_output(1))  # all it knows are convolutions and matrix products
 

@@ -56,7 +56,7 @@ def use_kernel(model: nn.Module, device: torch.device, kernel_config: Any = None
             `{"FusedMultiScaleDeformableAttention": "/path/or/repo:FusedMultiScaleDeformableAttention"}`.
 
     Returns:
-        What runs now: the repository or folder of the kernel, or `"pytorch"`.
+        What runs now: the repository or folder of the kernel, or `"pytorch"`, also if there is nothing to run.
 
     Raises:
         ImportError: `kernels` is not installed.
@@ -64,6 +64,9 @@ def use_kernel(model: nn.Module, device: torch.device, kernel_config: Any = None
     """
     if kernelize is None:
         raise ImportError('`use_kernels=True` needs the library `kernels`: pip install "transformers[kernels]"')
+    if not modules_named(model, FUSED_LAYER):  # RT-DETR's encoder
+        logger.info("There is no deformable attention in this model, and nothing for a kernel to do.")
+        return PYTORCH
     device_type = "rocm" if device.type == "cuda" and torch.version.hip else device.type
     failures = []
     for name, layers in candidates(device_type, kernel_config):

@@ -24,6 +24,17 @@ TINY_RESNET = {
     "layer_type": "bottleneck",
     "out_features": ["stage1", "stage2", "stage3", "stage4"],
 }
+FOUR_LEVELS = {
+    "feature_size": 64,  # groups of more than one channel, for the norm of a coarsest map of one token
+    "encoder_stage_layers": (3, 3, 3, 3),
+    "feature_strides": (4, 8, 16, 32, 64),
+    "backbone_config": {
+        **TINY_RESNET,
+        "hidden_sizes": [8, 16, 24, 32, 32],
+        "depths": [1, 1, 1, 1, 1],
+        "out_features": ["stage1", "stage2", "stage3", "stage4", "stage5"],
+    },
+}
 
 
 def tiny_config(**changes: Any) -> ProScaleMask2FormerConfig:

@@ -1,10 +1,13 @@
 """Choosing the encoder's layers: costs of all configurations, times of some, and what fits."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from helpers import tiny_config, tiny_model
+from proscale_hf.benchmarking.comparison import relative_spread
 from proscale_hf.choosing import ForwardTimer, choose, count_costs, fit_times
 from proscale_hf.cost import measure_cost
 
@@ -92,6 +95,28 @@ def test_what_is_measured_counts_more_than_an_estimate(monkeypatch):
     """(2, 2, 2) takes longer here than its layers let one expect."""
     monkeypatch.setattr(ForwardTimer, "milliseconds", lambda _, stages: 99.0 if stages == (2, 2, 2) else 10.0)
     assert (2, 2, 2) not in layers(choose(tiny_config(), 64, 96, milliseconds=50, max_layers=2, timed=1))
+
+
+def test_spread_is_that_of_the_times(monkeypatch):
+    times = iter([0.0] * 2 + [8.0, 10.0, 12.0] * 2)  # two to warm up, then (2, 1, 1) and (1, 1, 1) in turns
+    monkeypatch.setattr(ForwardTimer, "milliseconds", lambda *_: next(times))
+    limit = count_costs(tiny_config(), 64, 96, 2)[2, 1, 1][0]
+    first, second = choose(tiny_config(), 64, 96, gflops=limit, max_layers=2, rounds=3)
+    assert (first.milliseconds, second.milliseconds) == (10, 10)  # of 8, 12, 10 and of 10, 8, 12
+    assert first.spread == second.spread == pytest.approx(relative_spread([8.0, 10.0, 12.0])) != 0
+
+
+def test_a_pass_begins_and_ends_on_the_device():
+    """What a GPU has yet to do before must not count, and what it has yet to do after must."""
+    timer = ForwardTimer(tiny_config(), 64, 96, 1, lambda model: None)
+    events = []
+    timer.clock = SimpleNamespace(synchronize=lambda: events.append("synchronize"))
+    timer.model = lambda pixel_values: events.append("forward")
+    timer.model.model = SimpleNamespace(
+        pixel_level_module=SimpleNamespace(decoder=SimpleNamespace(encoder=SimpleNamespace()))
+    )
+    timer.milliseconds((1, 1, 1))
+    assert events == ["synchronize", "forward", "synchronize"]
 
 
 def test_budgets_that_are_too_small(clockwork):

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -63,7 +65,9 @@ def test_paper_tables(capsys, monkeypatch, tmp_path):
     shortened.write_text(json.dumps(content))
     monkeypatch.setattr(paper_tables, "TABLES_FILE", shortened)
     assert main(["cost", "--paper-tables"]) == 0
-    assert "| COCO, Swin-T | Lite-M2F | `lite-swin-t-coco` | 188.00 | 189.19 | +0.6 % |" in capsys.readouterr().out
+    assert (
+        "| COCO, Swin-T | Lite-M2F | `lite-swin-t-coco` | 52.70 | 188.00 | 189.19 | +0.6 % |" in capsys.readouterr().out
+    )
     assert main(["cost", "--paper-tables", "--format", "json"]) == 0
     lite, pem = json.loads(capsys.readouterr().out)
     assert lite["paper_encoder_gflops"] == 79.78 and lite["encoder_width"] == 1200 and lite["width"] == 1067
@@ -80,10 +84,11 @@ def test_paper_tables(capsys, monkeypatch, tmp_path):
         (["--preset", "rt-r50-coco", "--config", "config.json"], 2, "not allowed with"),
         (["--preset", "rt-r50-coco", "--size", "800"], 2, "HEIGHTxWIDTH"),
         (["--preset", "rt-r50-coco", "--size", "0x64"], 2, "too few"),
-        (["--preset", "rt-r50-coco", "--size", "64x-64"], 2, "not a possible number"),
+        (["--preset", "rt-r50-coco", "--size", "64x-64"], 2, "'64x-64' is not HEIGHTxWIDTH"),
+        (["--preset", "rt-r50-coco", "--size", "800x"], 2, "'800x' is not HEIGHTxWIDTH"),
         (["--preset", "rt-r50-coco", "--size", "900000000x900000000"], 1, "cannot run at 900000000 x 900000000"),
         (["--config", "nowhere.json"], 2, "there is no file nowhere.json"),
-        (["--config", __file__], 1, "no configuration can be loaded"),
+        (["--config", __file__], 1, "has no configuration that can be loaded"),
         (["--paper-tables", "--size", "64x64"], 2, "leave --size out"),
     ],
 )
@@ -103,3 +108,21 @@ def test_a_missing_library_is_named(capsys, monkeypatch):
     monkeypatch.setattr("proscale_hf.cost.measure_cost", refuse)
     assert main(["cost", "--preset", "proscale-mvitv2-t-coco"]) == 1
     assert capsys.readouterr().err == 'error: timm is not installed: pip install "proscale-hf[timm]"\n'
+
+
+def test_a_configuration_of_another_model_is_one_line(tmp_path):
+    """transformers would say something of its own, on a standard error that tests do not see."""
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    command = [sys.executable, "-m", "proscale_hf", "cost", "--config", str(tmp_path / "config.json")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: ") and result.stderr.endswith("its model_type is bert\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_output_that_cannot_be_written_is_one_line():
+    command = [sys.executable, "-m", "proscale_hf", "cost", "--model", DEMO_MODEL, "--size", "64x64"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1
+    assert result.stderr == "error: [Errno 28] No space left on device\n"

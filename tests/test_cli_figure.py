@@ -101,7 +101,10 @@ def test_without_recalibration_there_is_no_figure(capsys, models):
         (["token-similarity", "results.csv", "--output", "f.png"], "not an image"),
         (["panoptic-maps", "a.png", "--model", "nowhere/at/all", "--output", "f.png"], "there is no folder"),
         (["compute-distribution", "nowhere/at/all", "--size", "64x64", "--output", "f.png"], "there is no preset"),
-        (["compute-distribution", "results.csv", "--size", "64x64", "--output", "f.png"], "no configuration can be"),
+        (
+            ["compute-distribution", "results.csv", "--size", "64x64", "--output", "f.png"],
+            "results.csv has no configuration that can be",
+        ),
         (["cost-and-quality", "a.png", "--output", "f.png"], "cannot read the results in a.png"),
         (["cost-and-quality", "results.csv", "--baseline", "x", "--output", "f.png"], "there are old, new"),
     ],

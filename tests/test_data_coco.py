@@ -131,6 +131,18 @@ def test_an_edited_json_is_read_again(panoptic):
     assert len(dataset) == 9 and dataset.categories[0]["name"] == "renamed"
 
 
+def test_segments_without_pixels_are_left_out(panoptic):
+    root, content = panoptic
+    expected = open_panoptic(root, content)[0]
+    listed = content["annotations"][0]["segments_info"]
+    listed.insert(1, {**listed[0], "id": 77})
+    sample = open_panoptic(root, content)[0]
+    assert sample.segments == expected.segments and (sample.segment_map == expected.segment_map).all()
+    listed[:] = [listed[1]]
+    with pytest.raises(SampleError, match=r"ids \[77\] in the list alone"):
+        open_panoptic(root, content)[0]
+
+
 def test_category_ids_outside_the_list_are_all_named(panoptic):
     root, content = panoptic
     content["annotations"][2]["segments_info"][0]["category_id"] = 991

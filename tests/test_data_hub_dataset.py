@@ -89,6 +89,7 @@ def test_panoptic(tmp_path, categories):
         {"id": 65539, "category_id": 7, "iscrowd": 0},
         {"id": 512, "category_id": 4, "iscrowd": 0},
         {"id": 1, "category_id": 4, "iscrowd": 1},
+        {"id": 2, "category_id": 4, "iscrowd": 0},  # without a pixel
     ]
     table([picture], segments_info=[segments], name=["first"]).save_to_disk(tmp_path / "data")
     options = {"path": tmp_path / "data", "split": "train", "categories": categories, "form": "panoptic"}

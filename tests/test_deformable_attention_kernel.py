@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import pixels, tiny_model
+from helpers import FOUR_LEVELS, pixels, tiny_model
 from proscale_hf import deformable_attention_kernel as kernel
+from proscale_hf.encoders import ENCODER_CLASSES
 from proscale_hf.ms_deform_attn import FusedMultiScaleDeformableAttention, MultiScaleDeformableAttention
 
 
@@ -116,6 +117,14 @@ def test_a_kernel_that_cannot_train_is_passed_over(monkeypatch):
 
 
 @needs_library
+def test_no_kernel_is_looked_for_where_there_is_nothing_to_run(monkeypatch):
+    monkeypatch.setattr(kernel, "candidates", lambda *_: pytest.fail("must not be asked"))
+    model = tiny_model(encoder="rt")
+    model.set_use_kernels(True)
+    assert model.deformable_attention_backend == "pytorch" and not model.use_kernels
+
+
+@needs_library
 def test_what_is_tried_in_which_order(monkeypatch, tmp_path):
     monkeypatch.delenv(kernel.FOLDER_VARIABLE, raising=False)
     names = [name for name, _ in kernel.candidates("cuda")]
@@ -143,10 +152,11 @@ def test_kernel_configs_that_cannot_be_meant(mapping, message):
 
 @needs_library
 @pytest.mark.skipif(not list(KERNEL_FOLDER.glob("build/torch*")), reason="the kernel is not built: make kernel")
-@pytest.mark.parametrize("encoder", ["proscale", "lite"])
-def test_the_built_kernel_gives_what_pytorch_gives(monkeypatch, encoder):
+@pytest.mark.parametrize("levels", [{}, FOUR_LEVELS], ids=["three levels", "four levels"])
+@pytest.mark.parametrize("encoder", sorted(set(ENCODER_CLASSES) - {"rt"}))
+def test_the_built_kernel_gives_what_pytorch_gives(monkeypatch, encoder, levels):
     monkeypatch.setenv(kernel.FOLDER_VARIABLE, str(KERNEL_FOLDER))
-    reference, model = tiny_model(encoder=encoder), tiny_model(encoder=encoder)
+    reference, model = (tiny_model(encoder=encoder, **levels) for _ in range(2))
     model.set_use_kernels(True)
     assert model.deformable_attention_backend == str(KERNEL_FOLDER)
     for name in ("masks_queries_logits", "class_queries_logits"):

@@ -32,6 +32,7 @@ CASES = {
     "last prediction only": ((3, 1, 0, 0), {"use_auxiliary_loss": False}),
     "frozen batch norm": ((3, 1, 0, 2), {"backbone_config": TINY_RESNET}),
     "full-length encoder": ((3, 1, 0, 2), {"encoder": "mask2former", "pixel_embedding": "conv"}),
+    "interleaved encoder": ((3, 1, 0, 2), {"encoder": "lite"}),
     "no weight on no object": ((3, 1, 0, 0), {"no_object_weight": 0.0}),
 }
 

@@ -38,6 +38,14 @@ def test_buffers_are_the_models_own():
     assert ema.module[1].num_batches_tracked == 3
 
 
+def test_an_update_does_not_wait_for_the_device():
+    model, _ = model_and_weights()
+    ema = create_ema(model, 0.9, torch.device("meta"))  # which has no values that could be asked for
+    for _ in range(2):
+        ema.update_parameters(model)
+    assert ema.module[0].weight.is_meta and ema.n_averaged == 2
+
+
 def test_the_average_is_for_evaluation_and_takes_no_gradient():
     model, _ = model_and_weights()
     ema = create_ema(model, 0.9)

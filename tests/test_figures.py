@@ -11,6 +11,7 @@ from PIL import Image
 from helpers import tiny_config, tiny_model
 from proscale_hf import ProScaleMask2FormerImageProcessorPil
 from proscale_hf.cost import measure_cost
+from proscale_hf.encoders import ENCODER_CLASSES
 from proscale_hf.visualization import Segment
 
 
@@ -58,6 +59,17 @@ def test_the_parts_of_a_cost_add_up():
     assert parts["encoder"] == cost.encoder_gflops and parts["rest"] == pytest.approx(cost.post_processing_gflops)
 
 
+def test_shares_are_of_the_models_own_total(monkeypatch):
+    cost = measure_cost(tiny_config(), 64, 96)
+    half = {name: value / 2 for name, value in dataclasses.asdict(cost).items()}
+    texts = []
+    monkeypatch.setattr(matplotlib.axes.Axes, "text", lambda _, x, y, text, **options: texts.append((y, text)))
+    compute_distribution.draw_compute_distribution({"whole": cost, "half": dataclasses.replace(cost, **half)}, 64, 96)
+    whole, halves = ([text for row, text in texts if row == number and "%" in text] for number in (0, 1))
+    assert halves and set(halves) <= set(whole)  # small parts have no number
+    assert f"{cost.backbone_gflops / cost.total_gflops:.0%}" in halves
+
+
 def test_pictures_do_not_depend_on_the_users_settings():
     cost = measure_cost(tiny_config(), 64, 96)
     costs = {"one": cost, "half $x$": dataclasses.replace(cost, total_gflops=cost.total_gflops * 2)}
@@ -96,8 +108,8 @@ def test_similarity_is_of_the_maps_that_enter_the_encoder(processor, image):
     assert not decoder.encoder._forward_hooks
 
 
-@pytest.mark.parametrize("encoder", ["mask2former", "lite", "rt"])
-def test_similarity_of_other_encoders(processor, image, encoder):
+@pytest.mark.parametrize("encoder", sorted(ENCODER_CLASSES))
+def test_similarity_of_each_encoder(processor, image, encoder):
     similarity = token_similarity.measure_token_similarity(tiny_model(encoder=encoder), processor, [image])
     assert [len(curve) for curve in similarity.values()] == [3, 10, 36]  # of 6, 20 and 72 tokens
     picture = token_similarity.draw_token_similarity(similarity)
@@ -132,6 +144,29 @@ def test_recalibration_weighs_positions(processor, image, kind, layout):
     assert found[0].extent == (0, 1, pytest.approx(96 / 72), 0)
     picture = recalibration.draw_recalibration([image, image], [found, found])
     assert same(recalibration.draw_recalibration([image, image], [found, found]), picture)
+
+
+def test_before_and_after_differ_where_attention_does(image, monkeypatch):
+    panels = []
+    imshow = matplotlib.axes.Axes.imshow
+    monkeypatch.setattr(
+        matplotlib.axes.Axes,
+        "imshow",
+        lambda axes, values, **options: panels.append(values) or imshow(axes, values, **options),
+    )
+    attention, before = np.array([[0.2, 0.6], [0.4, 0.4]]), np.array([[1.0, 1.0], [2.0, 3.0]])
+    found = recalibration.Recalibration(32, attention, before, before * attention, (0.0, 1.0, 1.0, 0.0))
+    recalibration.draw_recalibration([image], [[found]])
+    maps = [values for values in panels if values.shape == (2, 2)]
+    np.testing.assert_allclose(maps, [attention, before, before * attention / 0.4])
+
+
+def test_the_numbers_beside_a_panorama_have_room(processor, image):
+    found = recalibration.measure_recalibration(tiny_model(), processor, image)
+    flattest, tallest = recalibration.FLATTEST, recalibration.TALLEST
+    for size, bounded in (((1000, 10), (1000, 1000 * flattest)), ((10, 1000), (1000 / tallest, 1000))):
+        pictures = [Image.new("RGB", tuple(map(int, each)), "gray") for each in (size, bounded)]
+        assert same(*(recalibration.draw_recalibration([picture], [found]) for picture in pictures))
 
 
 def test_recalibration_with_positions_mixed_up(processor, image):
@@ -252,6 +287,15 @@ def test_grid_of_panoptic_maps():
 
     assert [has_red(header + 5, number) for number in range(3)] == [False, True, False]
     assert [has_red(below + 5, number) for number in range(3)] == [False, False, True]
+
+
+def test_a_tower_is_no_taller_than_its_row_may_be():
+    tower, panorama = Image.new("RGB", (20, 400), "gray"), Image.new("RGB", (1000, 1), "gray")
+    picture = panoptic_maps.draw_panoptic_maps([tower, panorama], {}, {})
+    header, tallest = 2 * panoptic_maps.FONT_SIZE, panoptic_maps.TALLEST
+    assert picture.size == (panoptic_maps.COLUMN_WIDTH, header + tallest + panoptic_maps.GAP + 1)
+    is_gray = np.asarray(picture)[header + 10, :, 0] == 128
+    assert is_gray.sum() == tallest * 20 / 400 and is_gray[panoptic_maps.COLUMN_WIDTH // 2]
 
 
 def test_segments_of_a_model(processor, image):

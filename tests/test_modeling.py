@@ -17,7 +17,7 @@ from transformers import (
     Mask2FormerForUniversalSegmentation,
 )
 
-from helpers import TINY_RESNET, TINY_SWIN, labels, pixels, tiny_config, tiny_model
+from helpers import FOUR_LEVELS, TINY_RESNET, TINY_SWIN, labels, pixels, tiny_config, tiny_model
 from proscale_hf import (
     ProScaleMask2FormerConfig,
     ProScaleMask2FormerForUniversalSegmentation,
@@ -46,7 +46,9 @@ VARIANTS = [
     {"encoder": "lite"},
     {"encoder": "rt"},
     {"encoder": "rt", **WITHOUT_LARGEST_MAP},
+    FOUR_LEVELS,
 ]
+assert {changes.get("encoder", "proscale") for changes in VARIANTS} == set(ENCODER_CLASSES)
 
 
 def mixed_batch() -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
@@ -75,17 +77,21 @@ def logits_of(model: nn.Module, *args, **kwargs) -> tuple[torch.Tensor, torch.Te
 @pytest.mark.parametrize("changes", VARIANTS)
 def test_shapes(changes):
     model = tiny_model(**changes)
-    output = model(pixels(), output_hidden_states=True, output_attentions=True, output_auxiliary_logits=True)
+    images = pixels(height=128, width=192)
+    output = model(images, output_hidden_states=True, output_attentions=True, output_auxiliary_logits=True)
     assert output.class_queries_logits.shape == (2, 7, 5)
-    sizes = [(64 // stride, 96 // stride) for stride in model.config.feature_strides]
+    sizes = [(128 // stride, 192 // stride) for stride in model.config.feature_strides]
     assert output.masks_queries_logits.shape == (2, 7, *sizes[0])
     assert [m.shape[-2:] for m in output.encoder_hidden_states] == sizes
-    assert [m.shape[1:] for m in output.pixel_decoder_hidden_states] == [(32, 2, 3), (32, 4, 6), (32, 8, 12)]
+    width = model.config.feature_size
+    encoder_sizes = [(128 // stride, 192 // stride) for stride in model.config.encoder_strides]
+    assert [m.shape[1:] for m in output.pixel_decoder_hidden_states] == [(width, *size) for size in encoder_sizes]
     assert output.pixel_decoder_last_hidden_state.shape == (2, 16, *sizes[0])
     hidden = model.config.hidden_dim
     assert [h.shape for h in output.transformer_decoder_hidden_states] == [(2, 7, hidden)] * 5
     assert [a.shape for a in output.attentions] == [(2, 4, 7, 7)] * 4
-    assert [a.shape[-1] for a in output.cross_attentions] == [6, 24, 96, 6]
+    tokens = [rows * columns for rows, columns in encoder_sizes]
+    assert [a.shape[-1] for a in output.cross_attentions] == [*tokens, tokens[0]][:4]
     assert len(output.auxiliary_logits) == 4
     for weights in (*output.attentions, *output.cross_attentions):
         torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
@@ -281,9 +287,20 @@ def test_each_term_has_its_own_weight():
     assert model.weighted_sum(terms) == 3 + 70 + 1100 + 11000
 
 
-@pytest.mark.parametrize("part", ["pixel_level_module.decoder", "transformer_module"])
-def test_dropout_acts_after_each_block_in_training(part):
-    model = tiny_model(dropout=0.5).model
+@pytest.mark.parametrize(
+    ("part", "encoder", "blocks"),
+    [
+        ("transformer_module", "proscale", 4 * 4),
+        ("pixel_level_module.decoder", "proscale", 4 * 3),
+        ("pixel_level_module.decoder", "mask2former", 2 * 3),
+        ("pixel_level_module.decoder", "lite", 2 * 3),
+        ("pixel_level_module.decoder", "rt", 1 * 3),
+    ],
+)
+def test_dropout_acts_after_each_block_in_training(part, encoder, blocks):
+    """Behind attention, inside and behind the feed-forward block; in mask decoder layers also behind the second
+    attention."""
+    model = tiny_model(dropout=0.5, encoder=encoder).model
     module = model.get_submodule(part)
     rates = []
     for child in module.modules():
@@ -291,14 +308,11 @@ def test_dropout_acts_after_each_block_in_training(part):
             child.register_forward_hook(lambda _, arguments, output: rates.append((output == 0).float().mean().item()))
     model.train()
     model(pixels())
-    # encoder layers drop behind attention, inside and behind the feed-forward block; mask decoder layers also
-    # behind the second attention
-    layers, each = (4, 3) if part.startswith("pixel") else (4, 4)
-    assert len(rates) == layers * each
+    assert len(rates) == blocks
     assert min(rates) > 0.3
     rates.clear()
     model.eval()(pixels())
-    assert len(rates) == layers * each
+    assert len(rates) == blocks
 
 
 def test_attention_dropout_only_in_training():
@@ -330,7 +344,8 @@ def test_an_image_does_not_depend_on_its_batch_mates(changes):
     pixel_values, pixel_mask, sizes = mixed_batch()
     together = logits_of(model, pixel_values, pixel_mask=pixel_mask)
     for i, (height, width) in enumerate(sizes):
-        height, width = -(-height // 32) * 32, -(-width // 32) * 32
+        largest = model.config.feature_strides[-1]
+        height, width = -(-height // largest) * largest, -(-width // largest) * largest
         alone = logits_of(
             model,
             pixel_values[i : i + 1, :, :height, :width],
@@ -356,12 +371,16 @@ def test_a_batch_of_any_size_is_padded_to_the_stride(changes):
     together = logits_of(model, pixel_values, pixel_mask=pixel_mask)
     alone = logits_of(model, pixel_values[1:, :, :20, :50], pixel_mask=pixel_mask[1:, :20, :50])
     stride = model.config.common_stride
-    assert together[1].shape[-2:] == (64 // stride, 96 // stride)
+    largest = model.config.feature_strides[-1]
+    height, width = (-(-side // largest) * largest // stride for side in (33, 65))
+    assert together[1].shape[-2:] == (height, width)
+    height, width = (-(-side // largest) * largest // stride for side in (20, 50))
+    assert alone[1].shape[-2:] == (height, width)
     assert difference(together[0][1], alone[0][0]) < 1e-4
-    assert difference(together[1][1, :, : 32 // stride, : 64 // stride], alone[1][0]) < 1e-4
+    assert difference(together[1][1, :, :height, :width], alone[1][0]) < 1e-4
 
     given = labels((2, 1), 33, 65)
-    padded = [nn.functional.pad(masks, (0, 31, 0, 31)) for masks in given["mask_labels"]]
+    padded = [model.pad_to_stride(masks) for masks in given["mask_labels"]]
     losses = []
     for masks, image, mask in (
         (given["mask_labels"], pixel_values, pixel_mask),
@@ -465,8 +484,9 @@ def test_sampling_locations_and_attention_weights_stay_float32():
     assert seen and set(seen) == {torch.float32}
 
 
-def test_sdpa_equals_eager():
-    model = tiny_model()
+@pytest.mark.parametrize("encoder", sorted(ENCODER_CLASSES))
+def test_sdpa_equals_eager(encoder):
+    model = tiny_model(encoder=encoder)
     results = {}
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)

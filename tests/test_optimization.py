@@ -56,6 +56,15 @@ def test_learning_rates_and_weight_decay_are_mask2formers():
     assert any("hidden_states_norms" in name for name in settings)
 
 
+def test_positions_of_mvit_do_not_decay():
+    pytest.importorskip("timm")
+    backbone = {"model_type": "timm_backbone", "backbone": "mvitv2_tiny", "out_indices": [0, 1, 2, 3]}
+    model = ProScaleMask2FormerForUniversalSegmentation(tiny_config(backbone_config=backbone))
+    settings = settings_by_name(model, OptimizationSection())
+    positions = [decay for name, (_, decay) in settings.items() if "rel_pos" in name]
+    assert len(positions) == 20 and set(positions) == {0.0}
+
+
 def test_a_shared_parameter_comes_once():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].weight = model[0].weight
@@ -95,9 +104,11 @@ def test_the_scheduler_keeps_the_backbones_share():
 def test_number_of_steps():
     assert count_steps(OptimizationSection(max_steps=7), images=100) == 7
     assert count_steps(OptimizationSection(epochs=50.0), images=118_000) == 368_750  # Mask2Former's number for COCO
-    assert count_steps(OptimizationSection(epochs=0.1), images=10) == 1
+    assert count_steps(OptimizationSection(epochs=0.1, batch_size=10), images=10) == 1
     with pytest.raises(RecipeError, match="how long to train"):
         count_steps(OptimizationSection(), images=100)
+    with pytest.raises(RecipeError, match="9 images, but"):
+        count_steps(OptimizationSection(max_steps=7, batch_size=10), images=9)
 
 
 def test_a_batch_is_divided_among_processes_and_passes():

@@ -1,13 +1,16 @@
 """Recipes: defaults, merging, overrides, and the files that are shipped."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import ResNetConfig, SwinConfig
 
-from proscale_hf import ProScaleMask2FormerForUniversalSegmentation
+from proscale_hf import ProScaleMask2FormerConfig, ProScaleMask2FormerForUniversalSegmentation
 from proscale_hf.data.categories import load_categories
-from proscale_hf.training.recipe import RecipeError, load_recipe
+from proscale_hf.presets import preset_settings
+from proscale_hf.training.recipe import Recipe, RecipeError, load_recipe
 
 
 ROOT = Path(__file__).parent.parent
@@ -83,6 +86,7 @@ def test_what_is_written_is_read_again(tmp_path):
         ("optimization.learning_rate=.nan", "optimization.learning_rate must be a number"),
         ("optimization.batch_size=1.5", "optimization.batch_size must be a whole number"),
         ("optimization.batch_size=true", "optimization.batch_size must be a whole number"),
+        ("optimization.sync_batch_norm=1", "optimization.sync_batch_norm must be true or false, got 1"),
         ("optimization.batch_size=null", "optimization.batch_size must be a whole number"),
         ("optimization.decay_at=[0.9, 0.5]", "decay_at must be growing shares"),
         ("optimization.decay_at=0.9", "decay_at must be a list"),
@@ -96,7 +100,12 @@ def test_what_is_written_is_read_again(tmp_path):
         ("seed", "must be section.key=value"),
         ("=3", "must be section.key=value"),
         ("seed=[", "the value is no valid YAML"),
-        ("model.backbone=x", "either model.pretrained"),
+        ("model.backbone=x", "either model.pretrained, which has a backbone, or model.backbone"),
+        ("model.preset=proscale-swin-t-coco", "either model.pretrained, which has a configuration, or model.preset"),
+        (
+            "model={pretrained: null, preset: proscale-swin-t-coc}",
+            "model.preset: There is no preset .* proscale-swin-t-coco,",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_one_line(tmp_path, override, message):
@@ -128,8 +137,13 @@ def test_files_that_are_no_recipe(tmp_path, text, message):
     [
         ("coco_swin_t", "coco_panoptic", 368_750),
         ("coco_r50", "coco_panoptic", 368_750),
+        ("coco_mvitv2_t", "coco_panoptic", 368_750),
         ("cityscapes_swin_t", "cityscapes", 90_000),
+        ("cityscapes_swin_s", "cityscapes", 90_000),
+        ("cityscapes_swin_b", "cityscapes", 90_000),
+        ("cityscapes_swin_l", "cityscapes", 90_000),
         ("cityscapes_r50", "cityscapes", 90_000),
+        ("cityscapes_r101", "cityscapes", 90_000),
         ("ade20k_swin_t", "ade20k_panoptic", 160_000),
         ("finetune", "coco_instance", 5000),
         ("demo_scenes", "coco_panoptic", 10_000),
@@ -137,23 +151,71 @@ def test_files_that_are_no_recipe(tmp_path, text, message):
 )
 def test_shipped_recipes_make_models(name, categories, steps):
     setup = pytest.importorskip("proscale_hf.training.setup", exc_type=ImportError)
+    if "mvitv2" in name:
+        pytest.importorskip("timm")
     overrides = [f"model.pretrained={DEMO_MODEL}"] if name == "finetune" else []
     recipe = load_recipe(CONFIGS / f"{name}.yaml", overrides)
     assert recipe.optimization.max_steps == steps
     config = setup.create_config(recipe, load_categories(categories))
+    if recipe.model.preset is not None:
+        names = {label: category["name"] for label, category in enumerate(load_categories(categories))}
+        labels = {"id2label": names, "label2id": {name: label for label, name in names.items()}}
+        preset = ProScaleMask2FormerConfig.from_preset(recipe.model.preset)
+        assert config.to_dict() == {**preset.to_dict(), **labels, "categories": load_categories(categories)}
     with torch.device("meta"):
         model = ProScaleMask2FormerForUniversalSegmentation(config)
     assert model.class_predictor.out_features == len(load_categories(categories)) + 1
     assert model.model.pixel_level_module.freeze_batch_norm == (
-        name not in ("cityscapes_r50", "demo_scenes", "finetune")
+        name not in ("cityscapes_r50", "cityscapes_r101", "demo_scenes", "finetune")
     )
-    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    if recipe.model.backbone is not None:
-        assert 40 < parameters < 50
-        assert config.encoder_stage_layers == (3, 3, 3)
     processor = setup.create_image_processor(recipe, load_categories(categories))
     stuff = [label for label, category in enumerate(load_categories(categories)) if not category["isthing"]]
     assert list(processor.label_ids_to_fuse) == stuff
+
+
+def recipes_with_presets() -> list[Recipe]:
+    recipes = [load_recipe(path) for path in sorted(CONFIGS.glob("*.yaml"))]
+    return [recipe for recipe in recipes if recipe.model.preset is not None]
+
+
+@pytest.mark.parametrize("recipe", recipes_with_presets(), ids=lambda recipe: recipe.model.preset)
+def test_the_weights_of_a_backbone_have_its_architecture(recipe):
+    """What the models' own configurations on the Hub say."""
+    if recipe.model.backbone == "timm/mvitv2_tiny.fb_in1k":
+        assert preset_settings(recipe.model.preset)["backbone_config"]["backbone"] == "mvitv2_tiny"
+        return
+    deep = [2, 2, 18, 2]
+    published = {
+        "microsoft/resnet-50": ResNetConfig(depths=[3, 4, 6, 3]),
+        "microsoft/resnet-101": ResNetConfig(depths=[3, 4, 23, 3]),
+        "microsoft/swin-tiny-patch4-window7-224": SwinConfig(),
+        "microsoft/swin-small-patch4-window7-224": SwinConfig(depths=deep),
+        "microsoft/swin-base-patch4-window12-384-in22k": SwinConfig(
+            image_size=384, window_size=12, embed_dim=128, depths=deep, num_heads=[4, 8, 16, 32]
+        ),
+        "microsoft/swin-large-patch4-window12-384-in22k": SwinConfig(
+            image_size=384, window_size=12, embed_dim=192, depths=deep, num_heads=[6, 12, 24, 48]
+        ),
+    }[recipe.model.backbone].to_dict()
+    backbone = ProScaleMask2FormerConfig.from_preset(recipe.model.preset).backbone_config.to_dict()
+    different = {key for key in published if published[key] != backbone[key]}
+    assert different <= {"out_features", "out_indices", "_out_features", "_out_indices", "drop_path_rate"}
+
+
+def test_every_model_of_the_papers_tables_has_a_recipe():
+    """With the recipe for its data and backbone, whose `model.preset` becomes that model's."""
+
+    def data_and_backbone(preset: str, data: str) -> tuple[str, str]:
+        backbone = preset_settings(preset)["backbone_config"]
+        return data, str({key: backbone[key] for key in backbone if not key.startswith("out_")})
+
+    recipes = {
+        data_and_backbone(recipe.model.preset, recipe.data.train["name"].removesuffix("_panoptic"))
+        for recipe in recipes_with_presets()
+    }
+    tables = json.loads((ROOT / "proscale_hf" / "data" / "paper_tables.json").read_text())["tables"]
+    rows = [row for table in tables for row in table["rows"] if "preset" in row]
+    assert {data_and_backbone(row["preset"], row["dataset"]) for row in rows} <= recipes
 
 
 def test_shipped_recipes_hold_deltas_only():

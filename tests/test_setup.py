@@ -17,6 +17,7 @@ from proscale_hf.training.recipe import ModelSection, Recipe, RecipeError, load_
 
 pytest.importorskip("torchvision")  # augmentation needs it
 from proscale_hf.training.setup import (
+    create_config,
     create_image_processor,
     load_datasets,
     load_model_and_processor,
@@ -65,6 +66,14 @@ def test_a_new_model_has_the_datas_classes():
     assert model.training and model.dtype == torch.float32
 
 
+def test_a_preset_with_fields_merged_over_it():
+    config = {"num_queries": 9, "backbone_config": {"depths": [1, 1, 1, 1]}}
+    recipe = Recipe(model=ModelSection(preset="lite-swin-s-cityscapes", config=config))
+    found = create_config(recipe, CATEGORIES)
+    assert (found.encoder, found.num_queries, found.num_labels) == ("lite", 9, 3)
+    assert found.backbone_config.depths == [1, 1, 1, 1] and found.backbone_config.drop_path_rate == 0.3
+
+
 def test_new_weights_depend_on_the_seed_alone():
     recipe = tiny_recipe()
     first, _ = load_model_and_processor(recipe, CATEGORIES)
@@ -90,6 +99,36 @@ def test_a_pretrained_model_keeps_all_but_its_classes(caplog):
     assert list(processor.label_ids_to_fuse) == [1]
     [line] = [record.getMessage() for record in caplog.records if "New, since" in record.getMessage()]
     assert "class_predictor" in line and "\n" not in line
+
+
+def test_batch_norms_that_are_trained_are_synchronized_between_gpus(monkeypatch):
+    config = {"backbone_config": {"model_type": "resnet", **TINY_RESNET}}
+    frozen, recipe = tiny_recipe(), tiny_recipe()
+    for each in (frozen, recipe):
+        each.model.config |= config
+        each.optimization.sync_batch_norm = True
+    recipe.model.config["freeze_backbone_batch_norm"] = False
+
+    def norms(recipe):
+        model, _ = load_model_and_processor(recipe, CATEGORIES)
+        return {type(m) for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}, model
+
+    alone, model = norms(recipe)
+    assert alone == {torch.nn.BatchNorm2d}
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    assert norms(recipe)[0] == {torch.nn.BatchNorm2d}
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+    assert norms(frozen)[0] == {torch.nn.BatchNorm2d}
+    together, other = norms(recipe)
+    assert together == {torch.nn.SyncBatchNorm}
+    pixel_values = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected, found = model.eval()(pixel_values), other.eval()(pixel_values)
+    assert torch.equal(found.masks_queries_logits, expected.masks_queries_logits)
+    assert weights_of(model).keys() == weights_of(other).keys()
+    recipe.optimization.sync_batch_norm = False
+    assert norms(recipe)[0] == {torch.nn.BatchNorm2d}
 
 
 def test_nothing_is_new_for_the_same_classes(caplog):

@@ -2,6 +2,8 @@
 
 import errno
 import importlib.util
+import json
+import os
 import pickle
 import shutil
 import signal
@@ -19,7 +21,7 @@ pytest.importorskip("torchvision")  # augmentation needs it
 
 from proscale_hf.training import checkpoint
 from proscale_hf.training.batches import training_batches
-from proscale_hf.training.recipe import OptimizationSection, Recipe, RecipeError
+from proscale_hf.training.recipe import OptimizationSection, Recipe
 from training_runs import SCRIPT, environment, log_of, same_weights, wait_for, write_recipe
 
 
@@ -156,10 +158,32 @@ def test_a_resumed_run_remembers_the_best(run, tmp_path):
     assert list(log_of(tmp_path / "out", "PQ").items()) == [(1, 0.5), (2, 0.4), (3, 0.3)]
 
 
+def test_a_learning_rate_that_was_changed_counts(run, tmp_path):
+    options = ("optimization.warmup_steps=0", "optimization.max_steps=20", "optimization.decay_at=[0.5]")
+    with_rate = [*options, "optimization.learning_rate=2e-4"]
+    run(tmp_path / "whole", *with_rate)
+    run(tmp_path / "cut", *options, "optimization.learning_rate=8e-4", "optimization.max_steps=4")
+    run(tmp_path / "cut", "--resume", *with_rate)
+    resumed, whole = (log_of(tmp_path / name, "learning_rate") for name in ("cut", "whole"))
+    assert {step: resumed[step] for step in range(5, 21)} == {step: whole[step] for step in range(5, 21)}
+    assert resumed[1] == 4 * resumed[5] == pytest.approx(40 * resumed[11])
+
+
 def test_changes_since_the_checkpoint_are_named(run, tmp_path, capsys):
     run(tmp_path / "out", "optimization.max_steps=2")
     run(tmp_path / "out", "--resume", "optimization.max_steps=3", "seed=1")
     assert "optimization.max_steps, seed." in capsys.readouterr().out
+
+
+def test_another_number_of_processes_goes_on_with_new_random_numbers(run, tmp_path, capsys):
+    run(tmp_path / "out", "optimization.max_steps=2")
+    [folder] = checkpoint.checkpoints(tmp_path / "out")
+    progress = json.loads((folder / checkpoint.PROGRESS).read_text())
+    (folder / checkpoint.PROGRESS).write_text(json.dumps({**progress, "processes": 2}))
+    (folder / "random_states_0.pkl").unlink()
+    run(tmp_path / "out", "--resume", "optimization.max_steps=3")
+    assert "number of processes (was 2)" in capsys.readouterr().out
+    assert list(log_of(tmp_path / "out")) == [1, 2, 3]
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(run, tmp_path, monkeypatch, capsys):
@@ -184,6 +208,16 @@ def test_a_full_disk_leaves_the_previous_checkpoint(run, tmp_path, monkeypatch, 
     monkeypatch.setattr(torch, "save", save)
     run(tmp_path / "out", "--resume", "checkpoint.keep=1")
     assert [folder.name for folder in checkpoint.checkpoints(tmp_path / "out")] == ["step-00000006"]
+
+
+def test_a_disk_that_says_at_last_that_it_is_full(run, tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit, match=r"cannot write .*step-00000002: .*Disk quota exceeded"):
+        run(tmp_path / "out", "optimization.max_steps=2")
+    assert not checkpoint.checkpoints(tmp_path / "out")
 
 
 def test_a_model_that_cannot_be_saved_leaves_the_one_before(run, tmp_path, monkeypatch):
@@ -211,6 +245,17 @@ class Harm:
 
     def __reduce__(self):
         return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "ema.pt", "scheduler.bin", "progress.json"])
+@pytest.mark.parametrize("content", [b"", bytes(range(256)) * 9], ids=["empty", "garbage"])
+def test_a_damaged_checkpoint_is_named(run, tmp_path, name, content):
+    run(tmp_path / "out", "optimization.max_steps=2", "optimization.ema=0.9")
+    [folder] = checkpoint.checkpoints(tmp_path / "out")
+    (folder / name).write_bytes(content)
+    with pytest.raises(SystemExit, match=f"error: cannot resume from {folder}: .*delete it") as error:
+        run(tmp_path / "out", "--resume", "optimization.ema=0.9")
+    assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["optimizer.bin", "ema.pt", "custom_checkpoint_0.pkl"])
@@ -400,8 +445,3 @@ def test_the_order_takes_nothing_from_the_global_random_numbers():
     state = torch.get_rng_state()
     order_of(6)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_fewer_images_than_a_batch():
-    with pytest.raises(RecipeError, match="3 images"):
-        order_of(1, images=3)

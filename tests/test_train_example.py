@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 
@@ -21,6 +22,11 @@ from training_runs import EXAMPLES, environment, same_weights, wait_for, write_r
 
 SCRIPT = EXAMPLES / "train.py"
 QUIET = ("--disable_tqdm", "true", "--use_cpu")
+HALF_WAY = (
+    *QUIET,
+    *("data.validation=null", "checkpoint.keep=9", "optimization.ema=0.9"),
+    *("optimization.max_steps=4", "optimization.decay_at=[]"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +49,14 @@ def run(recipe, monkeypatch):
     return run
 
 
+@pytest.fixture
+def half_way(run, tmp_path_factory):
+    """A checkpoint after two of four steps."""
+    output = tmp_path_factory.mktemp("half-way")
+    run("--output_dir", output, *HALF_WAY)
+    return output / "checkpoint-2"
+
+
 def logged(folder, name):
     """A value by step, as it was logged."""
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
@@ -60,6 +74,7 @@ def test_a_recipe_becomes_a_model(run, recipe, tmp_path):
     assert model.config.id2label[0] == "digit 0" and len(model.config.categories) == 13
     assert image_processor_class().from_pretrained(tmp_path).label_ids_to_fuse == [10, 11, 12]
     assert list(logged(tmp_path, "loss_dice")) == [1, 2, 3, 4, 5, 6]
+    assert logged(tmp_path, "epoch")[6] == 3  # two batches in each, and two of the ten images are left out
     assert list(logged(tmp_path, "eval_pq")) == [4, 6]
     assert {"eval_ap", "eval_miou"} <= set(json.loads((tmp_path / "trainer_state.json").read_text())["log_history"][-2])
     assert load_recipe(tmp_path / "recipe.yaml").optimization.ema == 0.5
@@ -79,6 +94,24 @@ def test_a_resumed_run_is_the_same_run(run, tmp_path, step):
         assert logged(cut, name) == pytest.approx(logged(whole, name), abs=1e-5)
     assert len(set(logged(whole, "loss").values())) == 6
     assert same_weights(whole, cut)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "average.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json"]
+)
+@pytest.mark.parametrize("content", [b"", bytes(range(256)) * 9], ids=["empty", "garbage"])
+def test_a_damaged_checkpoint_is_named(run, half_way, tmp_path, name, content):
+    folder = shutil.copytree(half_way, tmp_path / half_way.name)
+    (folder / name).write_bytes(content)
+    with pytest.raises(SystemExit, match=f"error: cannot resume from {folder}: .*delete it") as error:
+        run("--output_dir", tmp_path, "--resume_from_checkpoint", "last", *HALF_WAY)
+    assert len(error.value.code.splitlines()) == 1
+
+
+def test_a_learning_rate_that_was_changed_counts(run, half_way, tmp_path):
+    shutil.copytree(half_way, tmp_path / half_way.name)
+    run("--output_dir", tmp_path, "--resume_from_checkpoint", "last", *HALF_WAY, "optimization.learning_rate=1e-5")
+    assert logged(tmp_path, "learning_rate") == {1: 2.5e-4, 2: 5e-4, 3: 1e-5, 4: 1e-5}
 
 
 @pytest.mark.slow
@@ -111,6 +144,7 @@ def test_a_killed_run_loses_nothing_but_the_step(run, recipe, tmp_path):
         (["--output_dir", "OUT", "--resume_from_checkpoint", "OUT"], "is no checkpoint"),
         (["--output_dir", "OLD"], "has checkpoints of another training"),
         (["--output_dir", "OUT", "optimization.max_steps=null"], "how long to train"),
+        (["--output_dir", "OUT", "optimization.batch_size=11"], "10 images, but optimization.batch_size is 11"),
     ],
 )
 def test_errors_are_one_line(run, tmp_path, capsys, words, message):
@@ -122,6 +156,13 @@ def test_errors_are_one_line(run, tmp_path, capsys, words, message):
     printed = error.value.code if isinstance(error.value.code, str) else capsys.readouterr().err
     assert printed.startswith("error: ") and message in printed and len(printed.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_model_is_not_saved(run, tmp_path):
+    settings = ["optimization.learning_rate=1e30", "optimization.clip=null", "log_every=100", "data.validation=null"]
+    with pytest.raises(SystemExit, match="the loss is nan at step 2"):
+        run("--output_dir", tmp_path, *QUIET, *settings)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_an_unreadable_image_is_named(run, recipe, tmp_path):

@@ -249,6 +249,15 @@ def test_the_best_checkpoint_is_kept_and_loaded(processor, tmp_path):
     assert state["best_model_checkpoint"] == str(best)
 
 
+def test_the_best_checkpoint_is_found_where_the_folder_was_moved_to(processor, tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    make_trainer(tmp_path / "first", processor, callbacks=[Scores(0.3, 0.2)], max_steps=4, **options).train()
+    (tmp_path / "first").rename(tmp_path / "moved")
+    resumed = make_trainer(tmp_path / "moved", processor, callbacks=[Scores(0.1)], max_steps=6, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.best_model_checkpoint == str(tmp_path / "moved" / "checkpoint-2")
+
+
 def test_the_average_of_the_best_checkpoint_is_loaded(processor, tmp_path):
     optimization = OptimizationSection(learning_rate=1e-2, max_steps=4, batch_size=2, ema=0.5)
     options = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "load_best_model_at_end": True}
@@ -299,7 +308,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_whole(processor, tmp_path, 
 
     trainer.add_callback(FullDisk())
     try:
-        with pytest.raises(CheckpointError, match=r"cannot write .*checkpoint-2: .*; earlier .* whole"):
+        with pytest.raises(CheckpointError, match=r"cannot write .*checkpoint-2: .*; what was saved before is whole"):
             trainer.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

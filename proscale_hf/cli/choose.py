@@ -13,7 +13,7 @@ from .benchmark import size
 from .console import CommandError, user_errors
 from .device import add_device_options, place_model
 from .evaluate import needed_libraries
-from .figure import load_config
+from .loading import load_config
 from .numbers import positive
 
 
@@ -136,7 +136,7 @@ def to_table(options: argparse.Namespace, choices: Sequence[Any], machine: dict[
         else:
             spread = f"{choice.spread:.0%}"
         rows.append(
-            f"| {choice.encoder_stage_layers} | {choice.total_gflops:.1f} | {choice.encoder_gflops:.1f} | "
+            f"| {choice.encoder_stage_layers} | {choice.total_gflops:.2f} | {choice.encoder_gflops:.2f} | "
             f"{choice.parameters_millions:.1f} M | {time} | {spread} | {'full' if choice.is_full else ''} |"
         )
     notes = [

@@ -11,8 +11,8 @@ from typing import Any
 
 from .console import CommandError, progress, user_errors
 from .evaluate import needed_libraries
-from .figure import load_config
-from .numbers import positive
+from .loading import load_config
+from .numbers import image_size
 
 
 NOTES = (
@@ -50,14 +50,6 @@ def add_cost_command(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: %(default)s")
     parser.set_defaults(run=run_cost)
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """`"800x1333"`: height and width."""
-    height, separator, width = text.lower().partition("x")
-    if not separator:
-        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH")
-    return positive(height), positive(width)
 
 
 def run_cost(options: argparse.Namespace) -> None:

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .benchmark import size
 from .console import CommandError, progress, user_errors
 from .device import add_device_options, place_model
 from .evaluate import needed_libraries
-from .loading import DEMO_MODEL, load_model
-from .numbers import positive
+from .loading import load_config, load_model
+from .numbers import image_size, positive
 
 
 MODEL_HELP = "a folder, a Hub id or a short name (default: the small demo model that comes with the package)"
@@ -109,7 +108,7 @@ def add_images(parser: argparse.ArgumentParser) -> None:
 def add_size(parser: argparse.ArgumentParser, required: bool) -> None:
     """Adds the size that costs are counted for."""
     purpose = "the image's, in pixels" if required else "of an image: count GFLOPs that the files lack, by model"
-    parser.add_argument("--size", type=size, required=required, metavar="HxW", help=purpose)
+    parser.add_argument("--size", type=image_size, required=required, metavar="HxW", help=purpose)
 
 
 def run_figure(options: argparse.Namespace) -> None:
@@ -156,7 +155,7 @@ def draw_token_similarity(options: argparse.Namespace, figure: Any) -> Any:
     from ..image_io import load_image
 
     model, image_processor = prepared_model(options.model, options)
-    with working(f"looking at {len(options.images)} images"):
+    with working("looking at the images"):
         images = map(load_image, options.images)
         similarity = figure.measure_token_similarity(model, image_processor, images, options.distance)
         return figure.draw_token_similarity(similarity)
@@ -169,7 +168,7 @@ def draw_recalibration(options: argparse.Namespace, figure: Any) -> Any:
     with user_errors():
         images = [load_image(path) for path in options.images]
     model, image_processor = prepared_model(options.model, options)
-    with working(f"looking at {len(images)} images"):
+    with working("looking at the images"):
         found = [figure.measure_recalibration(model, image_processor, image) for image in images]
         return figure.draw_recalibration(images, found)
 
@@ -197,7 +196,7 @@ def draw_panoptic_maps(options: argparse.Namespace, figure: Any) -> Any:
         label, name = split_label(text)
         label = new_label(label, segments)
         model, image_processor = prepared_model(None if name == "demo" else name, options)
-        with working(f"{label}: segmenting {len(images)} images"):
+        with working(f"{label}: segmenting the images"):
             segments[label] = [figure.find_panoptic_segments(model, image_processor, image) for image in images]
         configs[label] = model.config
     with progress("drawing"), user_errors():
@@ -217,35 +216,6 @@ def new_label(label: str, labels: Any) -> str:
     if label in labels:
         raise CommandError(f"two models are called {label}; tell them apart with LABEL=MODEL", exit_code=2)
     return label
-
-
-def load_config(name: str) -> Any:
-    """The configuration of a preset, a folder, a JSON file, a model on the Hub, or "demo".
-
-    Raises:
-        CommandError: there is none of that name.
-    """
-    from huggingface_hub.utils import logging as hub_logging
-
-    from .. import ProScaleMask2FormerConfig
-    from ..image_io import one_line
-    from ..presets import PRESETS
-
-    hub_logging.set_verbosity_error()  # not each attempt to reach the Hub
-    if not Path(name).exists():
-        if name in PRESETS:
-            return ProScaleMask2FormerConfig.from_preset(name)
-        if name == "demo":
-            name = str(DEMO_MODEL)
-    try:
-        config = ProScaleMask2FormerConfig.from_pretrained(name)
-    except Exception as error:  # damaged files, no network, no such repository: each library has its own types
-        raise CommandError(
-            f"there is no preset {name}, and no configuration can be loaded: {one_line(error)}"
-        ) from error
-    if config.model_type != ProScaleMask2FormerConfig.model_type:
-        raise CommandError(f"{name} is not a PRO-SCALE model: its model_type is {config.model_type}")
-    return config
 
 
 def prepared_model(name: str | None, options: argparse.Namespace) -> tuple[Any, Any]:

@@ -1,4 +1,7 @@
-"""Loading a model for a subcommand: from a folder, the Hub or the package itself, with one clear line if it fails."""
+"""Loading a model for a subcommand, or its configuration alone: from a folder, the Hub or the package itself.
+
+What fails is said in one clear line.
+"""
 
 import warnings
 from pathlib import Path
@@ -117,3 +120,33 @@ def _explain(source: str, is_folder: bool, error: Exception) -> str:
     if not is_folder and isinstance(error, OSError):
         return f"there is no folder {source} here, and the Hub did not give a model of that name: {explain(error)}"
     return f"cannot load the model {source}: {reason}"
+
+
+def load_config(name: str) -> Any:
+    """The configuration of a preset, a folder, a JSON file, a model on the Hub, or "demo".
+
+    Raises:
+        CommandError: there is none of that name.
+    """
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
+
+    from .. import ProScaleMask2FormerConfig
+    from ..image_io import one_line
+    from ..presets import PRESETS
+
+    hub_logging.set_verbosity_error()  # not each attempt to reach the Hub
+    transformers_logging.set_verbosity_error()  # nor that the type is another one, which is said below
+    if not Path(name).exists():
+        if name in PRESETS:
+            return ProScaleMask2FormerConfig.from_preset(name)
+        if name == "demo":
+            name = str(DEMO_MODEL)
+    try:
+        config = ProScaleMask2FormerConfig.from_pretrained(name)
+    except Exception as error:  # damaged files, no network, no such repository: each library has its own types
+        what = f"{name} has" if Path(name).exists() else f"there is no preset {name}, and"
+        raise CommandError(f"{what} no configuration that can be loaded: {one_line(error)}") from error
+    if config.model_type != ProScaleMask2FormerConfig.model_type:
+        raise CommandError(f"{name} is not a PRO-SCALE model: its model_type is {config.model_type}")
+    return config

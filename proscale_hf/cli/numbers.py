@@ -1,4 +1,4 @@
-"""Whole numbers on the command line."""
+"""Whole numbers and sizes of images on the command line."""
 
 import argparse
 
@@ -16,3 +16,11 @@ def positive(text: str) -> int:
     if number == 0:
         raise argparse.ArgumentTypeError("0 is too few")
     return number
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """`"800x1333"`: height and width, from the command line."""
+    height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH")
+    return positive(height), positive(width)

@@ -261,7 +261,7 @@ class FillUp(v2.Transform):
         return {"padding": [0, 0, self.size[1] - width, self.size[0] - height]}  # left, top, right, bottom
 
     def transform(self, inpt: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
-        if isinstance(inpt, ClassLabels):
+        if isinstance(inpt, ClassLabels) or not any(params["padding"]):
             return inpt
         return F.pad(inpt, **params, fill=GREY if isinstance(inpt, tv_tensors.Image) else 0)
 
@@ -328,7 +328,10 @@ def resized_window(planes: torch.Tensor, size: Size, window: Window) -> torch.Te
         for start, length, old, new in zip(window[:2], window[2:], planes.shape[1:], size, strict=True)
     )
     rows, row_of_each = np.unique(rows, return_inverse=True)  # so that a row is stretched once
-    return torch.from_numpy(planes.numpy()[:, rows].take(columns, axis=2).take(row_of_each, axis=1))
+    resized = np.empty((len(planes), *window[2:]), dtype=np.uint8)
+    for source, target in zip(planes.numpy(), resized, strict=True):  # what is made on the way is one plane at a time
+        target[:] = source[rows].take(columns, axis=1).take(row_of_each, axis=0)
+    return torch.from_numpy(resized)
 
 
 def object_areas(planes: torch.Tensor, objects: int) -> torch.Tensor:

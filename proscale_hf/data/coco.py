@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from .categories import load_categories
 from .json_arrays import read_array
-from .reading import path_inside, read_color_map, read_image
+from .reading import path_inside, read_color_map, read_image, shown_segments
 from .sample import Sample
 from .source import SegmentationSource, cached_rows, choose_categories, complete_categories, file_states
 
@@ -34,7 +34,8 @@ MIN_COORDINATES = 6  # of a polygon: three points
 class CocoPanoptic(SegmentationSource):
     """COCO-panoptic data: a JSON file, a picture of segment ids for each image, and the images.
 
-    Only images that have an entry under "annotations" belong to the data. Crowds and pixels of id 0 are void.
+    Only images that have an entry under "annotations" belong to the data. Crowds and pixels of id 0 are void. Segments
+    that have no pixel are left out.
 
     Args:
         root: folder with `annotations/panoptic_{split}.json`, `annotations/panoptic_{split}/` or `panoptic_{split}/`
@@ -95,13 +96,9 @@ class CocoPanoptic(SegmentationSource):
         labels.check()
 
     def read(self, row: dict[str, Any]) -> Sample:
-        return Sample(
-            image=read_image(row["image"]),
-            image_id=row["image_id"],
-            file_name=row["image"],
-            segments=json.loads(row["segments"]),
-            segment_map=read_color_map(row["annotation"]),
-        )
+        segment_map = read_color_map(row["annotation"])
+        segments = shown_segments(json.loads(row["segments"]), segment_map)
+        return Sample(read_image(row["image"]), row["image_id"], row["image"], segments, segment_map)
 
 
 class CocoInstance(SegmentationSource):

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..image_io import one_line
-from .reading import color_ids_of, label_finder, rgb_picture, segments_from_values, values_of
+from .reading import color_ids_of, label_finder, rgb_picture, segments_from_values, shown_segments, values_of
 from .sample import Sample, SampleError, distinct_values, few
 from .source import SegmentationSource, choose_categories
 
@@ -139,7 +139,8 @@ class HubDataset(SegmentationSource):
                 f'{name}: {self.segments_column} must list segments with "id" and "category_id", got '
                 f"{reprlib.repr(listed)}."
             ) from None
-        return {"segment_map": color_ids_of(picture, name), "segments": segments}
+        segment_map = color_ids_of(picture, name)
+        return {"segment_map": segment_map, "segments": shown_segments(segments, segment_map)}
 
     def _labels(self, values: list[int], name: str) -> list[int]:
         label_of = {category["id"]: label for label, category in enumerate(self.categories)}

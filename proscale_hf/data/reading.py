@@ -110,6 +110,16 @@ def open_map(path: str | Path) -> Image.Image:
         raise SampleError(f"{path} cannot be read ({one_line(error)}); copy or download it again.") from error
 
 
+def shown_segments(segments: list[dict[str, Any]], segment_map: np.ndarray) -> list[dict[str, Any]]:
+    """The segments of a list that have pixels in its map.
+
+    Lists of COCO-panoptic files may have others: ADE20K's, as Mask2Former prepares it, have stuff that is hidden behind
+    objects. A map that shows none of its segments belongs to another list, so then they stay, for `Sample` to refuse.
+    """
+    ids = set(distinct_values(segment_map).tolist())
+    return [segment for segment in segments if segment["id"] in ids] or segments
+
+
 def label_finder(
     categories: Sequence[Mapping[str, Any]],
     void: int | Iterable[int] | None = None,

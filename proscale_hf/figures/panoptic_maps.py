@@ -11,6 +11,7 @@ from .observation import Observation
 
 
 COLUMN_WIDTH = 640  # pixels
+TALLEST = 960  # pixels
 GAP = 8  # pixels between pictures
 FONT_SIZE = 26
 PICTURE_COLUMN = "picture"
@@ -86,15 +87,16 @@ def draw_panoptic_maps(
         draw.text((left + COLUMN_WIDTH / 2, header / 2), _fitting(name, font), "black", font, anchor="mm")
         top = header
         for row, height in zip(cells, heights, strict=True):
-            canvas.paste(row[column], (left, top))
+            canvas.paste(row[column], (left + (COLUMN_WIDTH - row[column].width) // 2, top))
             top += height + GAP
     return canvas
 
 
 def _fit(picture: Image.Image) -> Image.Image:
-    """The picture, as wide as a column."""
-    height = max(1, round(picture.height * COLUMN_WIDTH / picture.width))
-    return picture.resize((COLUMN_WIDTH, height), Image.Resampling.LANCZOS)
+    """The picture, as wide as a column if it is not too tall then."""
+    scale = min(COLUMN_WIDTH / picture.width, TALLEST / picture.height)
+    width, height = (max(1, round(scale * side)) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _fitting(name: str, font: ImageFont.FreeTypeFont) -> str:

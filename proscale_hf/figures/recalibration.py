@@ -17,6 +17,7 @@ from .plotting import plot_style, scale_name, to_picture
 
 
 OVERLAY_OPACITY = 0.65
+FLATTEST, TALLEST = 0.4, 2.5  # height over width of a panel; a panorama is stretched, for the numbers beside it
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,13 @@ def draw_recalibration(images: Sequence[Image.Image], recalibrations: Sequence[S
         attention, so that it has the scale of "before" and differs from it only where attention does.
     """
     rows = [(image, found) for image, maps in zip(images, recalibrations, strict=True) for found in maps]
-    aspects = [image.height / image.width for image, _ in rows]
+    heights = [min(max(image.height / image.width, FLATTEST), TALLEST) for image, _ in rows]
     with plot_style():
-        figure = Figure(figsize=(10.5, 0.5 + 0.15 * len(rows) + 1.95 * sum(aspects)), layout="compressed")
-        grid = figure.subplots(len(rows), 4, squeeze=False, height_ratios=aspects)
+        figure = Figure(figsize=(10.5, 0.5 + 0.15 * len(rows) + 1.95 * sum(heights)), layout="compressed")
+        grid = figure.subplots(len(rows), 4, squeeze=False, height_ratios=heights)
         for axes, title in zip(grid[0], ("picture", "attention", "before", "after / mean attention"), strict=True):
             axes.set_title(title)
-        for line, (image, found) in zip(grid, rows, strict=True):
+        for line, (image, found), height in zip(grid, rows, heights, strict=True):
             after = found.after / found.attention.mean()
             limits = min(found.before.min(), after.min()), max(found.before.max(), after.max())
             panels = ((None, None), (found.attention, None), (found.before, limits), (after, limits))
@@ -106,6 +107,6 @@ def draw_recalibration(images: Sequence[Image.Image], recalibrations: Sequence[S
                     )
                     figure.colorbar(heat, ax=axes, shrink=0.8)
                 axes.spines[:].set_visible(False)
-                axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[], aspect=image.height / image.width)
+                axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[], aspect=height)
             line[0].set_ylabel(scale_name(found.stride))
         return to_picture(figure)

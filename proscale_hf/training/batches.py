@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from ..data.collate import TransformedDataset, collate
-from .recipe import Recipe, RecipeError
+from .recipe import Recipe
 
 
 def training_batches(
@@ -22,7 +22,7 @@ def training_batches(
     recipe's batch size.
 
     Args:
-        dataset: images, see `proscale_hf.training.setup.training_set`.
+        dataset: images, see `proscale_hf.training.setup.training_set`; enough for an update.
         recipe: batch size, seed and workers.
         device_batch_size: images per batch.
         first_step: updates that were done before.
@@ -31,14 +31,9 @@ def training_batches(
 
     Yields:
         The model's inputs, on the CPU.
-
-    Raises:
-        RecipeError: there are fewer images than one update needs.
     """
     batch_size = recipe.optimization.batch_size
     steps_of_epoch = len(dataset) // batch_size
-    if steps_of_epoch == 0:
-        raise RecipeError(f"data.train has {len(dataset)} images, but optimization.batch_size is {batch_size}")
     order = DistributedSampler(dataset, processes, rank, seed=recipe.seed, drop_last=True)
     share = batch_size // processes
     first_epoch, first_step = divmod(first_step, steps_of_epoch)

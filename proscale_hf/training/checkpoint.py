@@ -31,9 +31,10 @@ EMA = "ema.pt"
 UNLIKELY_SEED = 0x7A3C_19E5_D04B_62F1
 UNREADABLE = (
     OSError,
+    EOFError,
     ValueError,
     TypeError,
-    KeyError,
+    LookupError,
     RuntimeError,
     SafetensorError,
     pickle.UnpicklingError,
@@ -127,7 +128,7 @@ def load_checkpoint(accelerator: Any, folder: Path, now: Progress, ema: Any = No
     Raises:
         CheckpointError: it does not belong to this recipe, or is damaged.
     """
-    try:
+    with reading(folder):
         progress = Progress(**json.loads((folder / PROGRESS).read_text()))
         changes = differences(yaml.safe_load(progress.recipe), yaml.safe_load(now.recipe))
         if progress.processes != now.processes:
@@ -137,11 +138,18 @@ def load_checkpoint(accelerator: Any, folder: Path, now: Progress, ema: Any = No
         load_state(accelerator, folder, with_random_numbers=progress.processes == now.processes)
         if ema is not None:
             ema.load_state_dict(torch.load(folder / EMA, map_location="cpu", weights_only=True))
+    return replace(progress, recipe=now.recipe, processes=now.processes)
+
+
+@contextmanager
+def reading(folder: str | Path) -> Iterator[None]:
+    """Turns what libraries raise over a checkpoint that is damaged or another model's into a `CheckpointError`."""
+    try:
+        yield
     except UNREADABLE as error:
         raise CheckpointError(
             f"cannot resume from {folder}: {one_line(error)}; if it is damaged, delete it to go on from the one before"
         ) from error
-    return replace(progress, recipe=now.recipe, processes=now.processes)
 
 
 def load_state(accelerator: Any, folder: Path, with_random_numbers: bool) -> None:
@@ -189,20 +197,28 @@ def _unfinished(accelerator: Any, folder: Path) -> Iterator[Path]:
     """A hidden folder to write into, beside the one that is meant. It is gone afterwards, also after an error."""
     unfinished = folder.with_name(f".{folder.name}.partial")
     try:
-        if accelerator.is_main_process:
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-            unfinished.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        yield unfinished
-        accelerator.wait_for_everyone()
-    except (OSError, RuntimeError, SafetensorError) as error:
-        guess = " (is the disk full?)" if isinstance(error, RuntimeError) else ""  # PyTorch does not pass on the reason
-        raise CheckpointError(
-            f"cannot write {folder}: {one_line(error)}{guess}; what was saved before is whole"
-        ) from error
+        with writing(folder):
+            if accelerator.is_main_process:
+                shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+                unfinished.mkdir(parents=True)
+            accelerator.wait_for_everyone()
+            yield unfinished
+            accelerator.wait_for_everyone()
     finally:
         if accelerator.is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turns what libraries raise over a file that cannot be written into a `CheckpointError`."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        guess = " (is the disk full?)" if isinstance(error, RuntimeError) else ""  # PyTorch does not pass on the reason
+        raise CheckpointError(
+            f"cannot write {place}: {one_line(error)}{guess}; what was saved before is whole"
+        ) from error
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

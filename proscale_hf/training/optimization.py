@@ -1,7 +1,7 @@
 """The paper's optimisation (appendix A, which follows Mask2Former): AdamW, a smaller learning rate for the backbone.
 
-Norms and embeddings do not decay, Swin's position biases and embeddings among them; biases do, as in Mask2Former. It
-also lets the pixel decoder's level embedding decay, for no reason but that it is no `nn.Embedding`; here it does not.
+Norms and embeddings do not decay, the positions of Swin and MViTv2 among them; biases do, as in Mask2Former. It also
+lets the pixel decoder's level embedding decay, for no reason but that it is no `nn.Embedding`; here it does not.
 """
 
 from collections.abc import Iterator
@@ -25,6 +25,8 @@ NORMS = (
 EMBEDDING_NAMES = (
     "level_embed",
     "relative_position_bias_table",
+    "rel_pos_h",
+    "rel_pos_w",
     "position_embeddings",
     "absolute_pos_embed",
     "pos_embed",
@@ -80,9 +82,22 @@ def learning_rate_factor(step: int, optimization: OptimizationSection, total_ste
     return warmup * optimization.decay_factor**decays
 
 
-def create_scheduler(optimizer: torch.optim.Optimizer, optimization: OptimizationSection, total_steps: int) -> LambdaLR:
+class Schedule(LambdaLR):
+    """A schedule that goes on, in a resumed training, with the learning rates of its own optimizer's recipe."""
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        base_rates = self.base_lrs
+        super().load_state_dict({**state_dict, "base_lrs": base_rates})
+        self._last_lr = [
+            base * factor(self.last_epoch) for base, factor in zip(base_rates, self.lr_lambdas, strict=True)
+        ]
+        for group, base, rate in zip(self.optimizer.param_groups, base_rates, self._last_lr, strict=True):
+            group["initial_lr"], group["lr"] = base, rate
+
+
+def create_scheduler(optimizer: torch.optim.Optimizer, optimization: OptimizationSection, total_steps: int) -> Schedule:
     """The recipe's schedule; to be stepped once per update, whatever the number of processes."""
-    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, optimization, total_steps))
+    return Schedule(optimizer, lambda step: learning_rate_factor(step, optimization, total_steps))
 
 
 def count_steps(optimization: OptimizationSection, images: int) -> int:
@@ -95,8 +110,10 @@ def count_steps(optimization: OptimizationSection, images: int) -> int:
         Updates of the whole training, at least 1.
 
     Raises:
-        RecipeError: the recipe does not say how long to train.
+        RecipeError: the recipe does not say how long to train, or there are fewer images than one update needs.
     """
+    if images < optimization.batch_size:
+        raise RecipeError(f"data.train has {images} images, but optimization.batch_size is {optimization.batch_size}")
     if optimization.max_steps is not None:
         return optimization.max_steps
     if optimization.epochs is None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..configuration_proscale_mask2former import ProScaleMask2FormerConfig
+from ..presets import preset_settings
 
 
 try:
@@ -40,12 +41,15 @@ class ModelSection:
     """
     Attributes:
         pretrained: model to start from (folder, Hub id or short name); a new one if not given.
-        config: fields of `ProScaleMask2FormerConfig`, in place of its defaults or of the pretrained model's.
+        preset: a new model's configuration by name, see `proscale_hf/presets.py`; that of PRO-SCALE (3, 3, 3) with
+            Swin-T if not given.
+        config: fields of `ProScaleMask2FormerConfig`, merged over the preset's or the pretrained model's.
         backbone: weights for a new model's backbone: a transformers or timm model (folder or Hub id), or a folder that
             has the backbone of a PRO-SCALE model, as `convert.detectron2` writes it. Random if not given.
     """
 
     pretrained: str | None = None
+    preset: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     backbone: str | None = None
 
@@ -84,6 +88,8 @@ class OptimizationSection:
         precision: `"no"` is float32; `"fp16"` and `"bf16"` are mixed.
         ema: decay of the exponential moving average of the weights, such as 0.9998, which is what is then evaluated and
             saved; no average if not given.
+        sync_batch_norm: batch norms that are trained see the images of all GPUs, not of their own alone. All images
+            must have one size then: a GPU that has another number of sizes than the others would wait for ever.
     """
 
     learning_rate: float = 1e-4
@@ -100,6 +106,7 @@ class OptimizationSection:
     clip: float | None = 0.01
     precision: Literal["no", "fp16", "bf16"] = "fp16"
     ema: float | None = None
+    sync_batch_norm: bool = False
 
 
 @dataclass
@@ -176,7 +183,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file cannot be read, a key is unknown, or a value is not possible.
     """
-    values = _merged(_read(Path(path), ()), _parse_overrides(overrides))
+    values = merged(_read(Path(path), ()), _parse_overrides(overrides))
     recipe = _build(Recipe, values, "")
     _check(recipe)
     return recipe
@@ -217,7 +224,7 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
         return values
     if not isinstance(base, str):
         raise RecipeError(f"{path}: base must be the name of a recipe file, got {base!r}")
-    return _merged(_read(path.parent / base, (*readers, resolved)), values)
+    return merged(_read(path.parent / base, (*readers, resolved)), values)
 
 
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -239,15 +246,15 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def _merged(base: dict[str, Any], delta: dict[str, Any]) -> dict[str, Any]:
+def merged(base: dict[str, Any], delta: dict[str, Any]) -> dict[str, Any]:
     """`delta` over `base`, key by key; see the top of this file."""
-    merged = dict(base)
+    result = dict(base)
     for key, value in delta.items():
         below = base.get(key)
         both = isinstance(below, dict) and isinstance(value, dict)
         other_kind = both and any(value.get(kind, below.get(kind)) != below.get(kind) for kind in KIND_KEYS)
-        merged[key] = _merged(below, value) if both and not other_kind else value
-    return merged
+        result[key] = merged(below, value) if both and not other_kind else value
+    return result
 
 
 def _build(cls: type, values: Any, place: str) -> Any:
@@ -262,7 +269,7 @@ def _build(cls: type, values: Any, place: str) -> Any:
         check_known(full_name, str(key), known)
         default = getattr(cls(), key)
         if isinstance(default, dict) and isinstance(value, dict):
-            value = _merged({"": default}, {"": value})[""]
+            value = merged({"": default}, {"": value})[""]
         arguments[key] = _convert(value, hints[key], full_name)
     return cls(**arguments)
 
@@ -295,6 +302,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             raise RecipeError(f"{name} must be a section with keys, got {value!r}")
         return value
+    if hint is bool and isinstance(value, bool):
+        return value
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if hint is float and is_number and math.isfinite(value):
         return float(value)
@@ -302,7 +311,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         return int(value)
     if hint is str and isinstance(value, str) and value:
         return value
-    kinds = {float: "a number", int: "a whole number", str: "a text"}
+    kinds = {float: "a number", int: "a whole number", str: "a text", bool: "true or false"}
     raise RecipeError(f"{name} must be {kinds[hint]}, got {value!r}")
 
 
@@ -350,8 +359,14 @@ def _check(recipe: Recipe) -> None:
             raise RecipeError(f"data.{part} needs the name of a kind of data set, such as name: coco_panoptic")
     for key in recipe.model.config:
         check_known(f"model.config.{key}", key, [name for name in MODEL_FIELDS if name != "categories"])
-    if recipe.model.pretrained is not None and recipe.model.backbone is not None:
-        raise RecipeError("give either model.pretrained, which has a backbone, or model.backbone, and set one to null")
+    for key, what in (("backbone", "has a backbone"), ("preset", "has a configuration")):
+        if recipe.model.pretrained is not None and getattr(recipe.model, key) is not None:
+            raise RecipeError(f"give either model.pretrained, which {what}, or model.{key}, and set one to null")
+    if recipe.model.preset is not None:
+        try:
+            preset_settings(recipe.model.preset)
+        except ValueError as error:
+            raise RecipeError(f"model.preset: {error}") from error
 
 
 MODEL_FIELDS = tuple(vars(ProScaleMask2FormerConfig)["__annotations__"])

@@ -22,7 +22,8 @@ from ..data.sources import open_dataset
 from ..evaluation.evaluator import choose_tasks
 from ..image_io import one_line
 from ..model_names import resolved
-from .recipe import Recipe, RecipeError, check_known
+from ..presets import preset_settings
+from .recipe import Recipe, RecipeError, check_known, merged
 
 
 logger = logging.getLogger(__name__)
@@ -103,11 +104,14 @@ def load_model_and_processor(
             model = ProScaleMask2FormerForUniversalSegmentation(config)
         if recipe.model.backbone is not None:
             load_backbone(model, recipe.model.backbone)
-    return model.train(), image_processor
+    model.train()
+    if recipe.optimization.sync_batch_norm:
+        synchronize_batch_norm(model)
+    return model, image_processor
 
 
 def create_config(recipe: Recipe, categories: list[dict[str, Any]]) -> ProScaleMask2FormerConfig:
-    """The configuration: the pretrained model's if there is one, with the recipe's fields and the data's classes.
+    """The configuration: the pretrained model's or the preset's, with the recipe's fields and the data's classes.
 
     Raises:
         ValueError: a field has a value that is not possible, or the pretrained model cannot be found.
@@ -121,12 +125,14 @@ def create_config(recipe: Recipe, categories: list[dict[str, Any]]) -> ProScaleM
             raise RecipeError(
                 f"model.pretrained {source} is a {values['model_type']}, not one of {', '.join(SEGMENTERS)}"
             )
+    elif recipe.model.preset is not None:
+        values = preset_settings(recipe.model.preset)
+        del values["num_labels"]  # the data's
     names = _names(categories)
     with _one_line_errors("model.config"):
         return ProScaleMask2FormerConfig.from_dict(
             {
-                **values,
-                **recipe.model.config,
+                **merged(values, recipe.model.config),
                 "model_type": ProScaleMask2FormerConfig.model_type,
                 "id2label": dict(enumerate(names)),
                 "label2id": {name: label_id for label_id, name in enumerate(names)},
@@ -150,6 +156,18 @@ def create_image_processor(recipe: Recipe, categories: list[dict[str, Any]]) -> 
     source = recipe.model.pretrained
     with _one_line_errors("image_processor" if source is None else f"cannot load the image processor of {source}"):
         return processor_class(**fields) if source is None else processor_class.from_pretrained(source, **fields)
+
+
+def synchronize_batch_norm(model: nn.Module) -> None:
+    """Let batch norms that are trained see the images of all GPUs. On the CPU, PyTorch has none that can."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if torch.distributed.get_backend() == "gloo":
+        return
+    for parent in model.modules():
+        for name, module in parent.named_children():
+            if type(module) is nn.BatchNorm2d and module.weight.requires_grad:  # timm's classes are more than norms
+                setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(module))
 
 
 def load_backbone(model: ProScaleMask2FormerForUniversalSegmentation, source: str) -> None:
@@ -221,7 +239,7 @@ def _one_line_errors(what: str) -> Iterator[None]:
         yield
     except RecipeError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError, SafetensorError) as error:
         raise RecipeError(f"{what}: {one_line(error)}") from error
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -23,8 +22,7 @@ except ImportError as error:
 from ..data.collate import collate
 from ..evaluation.agreement import choose_tasks
 from ..evaluation.evaluator import evaluate
-from ..image_io import one_line
-from .checkpoint import CheckpointError, flush
+from .checkpoint import flush, reading, writing
 from .ema import create_ema
 from .measures import BEST_BY, Averages, count_faults, loss_terms
 from .metrics import summary
@@ -192,17 +190,16 @@ class SegmentationTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self.is_saving = True
         try:
-            super()._save_checkpoint(model, trial)
-            self.note_best_checkpoint(place)
-            if self.args.should_save:
-                self.state.save_to_json(unfinished / TRAINER_STATE_NAME)
-                if self.ema is not None:
-                    save_file(self.ema.state_dict(), unfinished / AVERAGE_FILE)
-            self.accelerator.wait_for_everyone()
-            if one_per_disk and unfinished.is_dir():  # another node that sees the same disk may have moved it
-                put_in_place(unfinished, place)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"cannot write {place}: {one_line(error)}; earlier checkpoints are whole") from error
+            with writing(place):
+                super()._save_checkpoint(model, trial)
+                self.note_best_checkpoint(place)
+                if self.args.should_save:
+                    self.state.save_to_json(unfinished / TRAINER_STATE_NAME)
+                    if self.ema is not None:
+                        save_file(self.ema.state_dict(), unfinished / AVERAGE_FILE)
+                self.accelerator.wait_for_everyone()
+                if one_per_disk and unfinished.is_dir():  # another node that sees the same disk may have moved it
+                    put_in_place(unfinished, place)
         finally:
             self.is_saving = False
             if one_per_disk:
@@ -230,11 +227,17 @@ class SegmentationTrainer(Trainer):
             self.state.best_model_checkpoint = str(best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        try:
+        with reading(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             self.load_average(resume_from_checkpoint)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"cannot resume from {resume_from_checkpoint}: {one_line(error)}") from error
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
