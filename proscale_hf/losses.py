@@ -18,6 +18,7 @@ from .configuration_proscale_mask2former import ProScaleMask2FormerConfig
 logger = logging.get_logger(__name__)
 
 CPU_PART_VALUES = 2**20  # float32 values of a mask's points that are worked on at once
+CPU_GROUPS = 8  # in which masks are sampled at once
 UNMATCHABLE = 1e6  # cost in place of a NaN or an infinity: matched last, but never infeasible
 
 
@@ -176,7 +177,7 @@ class UniversalSegmentationLoss(nn.Module):
 
         mask_costs = []
         for masks in in_parts(mask_logits.flatten(0, 1), config.train_num_points):
-            logits = sample_maps(masks.unsqueeze(0), points[None])[0]  # (masks, points)
+            logits = sample_shared(masks, points)
             probabilities = logits.sigmoid()
             # binary cross-entropy: softplus(x) - x * target, summed over points as matrix products
             cross_entropy = (nn.functional.softplus(logits) @ counted).unsqueeze(1) - logits @ inside.T
@@ -215,8 +216,12 @@ class UniversalSegmentationLoss(nn.Module):
     ) -> torch.Tensor:
         """(2, predictions): binary cross-entropy and dice loss, summed over the matched masks."""
         per_prediction = mask_logits.new_zeros((2, len(mask_logits)))
-        for i, (prediction, query, target) in enumerate(matches):
-            masks = mask_logits[prediction, i, query]  # (matches, height, width)
+        # One indexing for all images: each would have a gradient of the size of all masks.
+        predictions, queries, _ = torch.cat(matches, dim=1)
+        lengths = [match.shape[1] for match in matches]
+        images = torch.cat([queries.new_full((length,), i) for i, length in enumerate(lengths)])
+        matched_masks = mask_logits[predictions, images, queries].split(lengths)  # (matches, height, width) each
+        for i, ((prediction, _, target), masks) in enumerate(zip(matches, matched_masks, strict=True)):
             if len(masks) == 0:
                 continue
             points, chosen = self.sample_points(masks.detach(), image_extents[i])
@@ -256,7 +261,7 @@ class UniversalSegmentationLoss(nn.Module):
         chosen = torch.arange(candidates - uncertain, candidates + others, device=masks.device).repeat(len(masks), 1)
         parts = (in_parts(rows, candidates) for rows in (chosen, masks))
         for chosen_part, part in zip(*parts, strict=True):
-            certainty = sample_maps(part.unsqueeze(0), points[None, :candidates])[0].abs_()  # (masks, candidates)
+            certainty = sample_shared(part, points[:candidates]).abs_()
             chosen_part[:, :uncertain] = certainty.topk(uncertain, dim=1, largest=False, sorted=False).indices
         return points, chosen
 
@@ -285,12 +290,22 @@ def totals_per_process(num_masks: int, total_weight: torch.Tensor) -> tuple[torc
 def in_parts(rows: torch.Tensor, values_per_row: int) -> tuple[torch.Tensor, ...]:
     """Cut a tensor along its first axis, so that on the CPU what is made from a part stays in the cache."""
     on_cpu = rows.device.type == "cpu"
-    return rows.split(max(1, CPU_PART_VALUES // values_per_row)) if on_cpu else (rows,)
+    return rows.split(max(1, CPU_PART_VALUES // values_per_row // CPU_GROUPS) * CPU_GROUPS) if on_cpu else (rows,)
 
 
 def sample_maps(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """Bilinear values of (n, channels, height, width) maps at (n, points, 2) points -> (n, channels, points)."""
     return nn.functional.grid_sample(maps, 2 * points.unsqueeze(2) - 1, align_corners=False).squeeze(3)
+
+
+def sample_shared(masks: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Bilinear values of (n, height, width) masks, all at the same (points, 2) points -> (n, points).
+
+    On the CPU, PyTorch samples in as many threads as there are items in the batch.
+    """
+    is_divisible = masks.device.type == "cpu" and len(masks) % CPU_GROUPS == 0
+    groups = CPU_GROUPS if is_divisible else 1
+    return sample_maps(masks.unflatten(0, (groups, -1)), points.expand(groups, -1, -1)).flatten(0, 1)
 
 
 def sample_labels(planes: torch.Tensor, objects: int, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
 from .configuration_proscale_mask2former import ProScaleMask2FormerConfig
+from .linear import Linear, linear
 from .position_embedding import sine_position_embedding
 
 
@@ -297,9 +298,9 @@ class MaskedCrossAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Arguments as in [`MaskedAttentionLayer.forward`]; returns (batch, queries, channels) and the weights."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        query = nn.functional.linear(hidden_states + query_positions, weights[0], biases[0])
-        key = nn.functional.linear(memory + memory_positions, weights[1], biases[1])
-        value = nn.functional.linear(memory, weights[2], biases[2])
+        query = linear(hidden_states + query_positions, weights[0], biases[0])
+        key = linear(memory + memory_positions, weights[1], biases[1])
+        value = linear(memory, weights[2], biases[2])
         output, attention = multi_head_attention(self, query, key, value, attend, output_attentions)
         return self.out_proj(output), attention
 
@@ -419,7 +420,7 @@ class MaskPredictor(nn.Module):
         return self.mask_embedder(query_states)
 
 
-class MaskEmbedderLinear(nn.Linear):
+class MaskEmbedderLinear(Linear):
     """A linear layer that starts from PyTorch's own initialisation, as the original's mask head does."""
 
 

@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_proscale_mask2former import ProScaleMask2FormerConfig
 from .deformable_attention_kernel import PYTORCH, use_kernel
+from .linear import Linear, use_onednn
 from .losses import UniversalSegmentationLoss
 from .mask_decoder import MaskDecoder, MaskedCrossAttention, MaskEmbedderLinear, predict_masks
 from .model_names import resolved
@@ -123,6 +124,7 @@ class ProScaleMask2FormerPreTrainedModel(PreTrainedModel):
     def post_init(self) -> None:
         """As in transformers. Of the layers that are not to be split those that the model has, since FSDP wants all."""
         super().post_init()
+        use_onednn(self)
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     @classmethod
@@ -253,7 +255,7 @@ class ProScaleMask2FormerPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-class ClassPredictor(nn.Linear):
+class ClassPredictor(Linear):
     """Class logits of a query, the last one "no object"."""
 
 

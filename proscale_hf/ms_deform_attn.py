@@ -17,9 +17,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_proscale_mask2former import ProScaleMask2FormerConfig
 from .deformable_attention_kernel import FUSED_LAYER, LAYER, replaceable
+from .linear import Linear
 
 
 IM2COL_STEP = 64  # images that a compiled kernel handles at once
+CPU_TOKENS = 2048  # tokens that a feed-forward block works on at once, so that what is in between stays in the cache
 BORDER_BEFORE, BORDER_AFTER = 1, 2  # rows and columns of zeros around a map that bilinear sampling can touch
 
 
@@ -249,7 +251,7 @@ class DeformableSelfAttention(nn.Module):
         return self.output_proj(output)
 
 
-class SamplingOffsets(nn.Linear):
+class SamplingOffsets(Linear):
     """Offsets in pixels for each head, level and point; at first each head looks along its own direction."""
 
     def __init__(self, embed_dim: int, num_heads: int, num_levels: int, num_points: int):
@@ -269,7 +271,7 @@ class SamplingOffsets(nn.Linear):
         init.copy_(self.bias, ring.expand(num_heads, num_levels, num_points, 2).reshape(-1))
 
 
-class AttentionLogits(nn.Linear):
+class AttentionLogits(Linear):
     """Logits of the attention weights; zero at first, so that all points count alike."""
 
 
@@ -302,9 +304,24 @@ class DeformableEncoderLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         """Arguments and result as in [`DeformableSelfAttention.forward`]: of all tokens, those that attend return."""
         attended = self.self_attn(hidden_states, position_embeddings, grid, num_queries)
-        hidden_states = self.self_attn_layer_norm(hidden_states[:, :num_queries] + self.dropout(attended))
-        expanded = self.dropout(nn.functional.relu(self.fc1(hidden_states), inplace=True))
+        parts = [
+            self._transform(*part)
+            for part in zip(in_parts(hidden_states[:, :num_queries]), in_parts(attended), strict=True)
+        ]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def _transform(self, hidden_states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """What follows attention, token by token."""
+        hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(attended))
+        expanded = self.dropout(self.fc1(hidden_states).relu())
         return self.final_layer_norm(hidden_states + self.dropout(self.fc2(expanded)))
+
+
+def in_parts(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cut (batch, tokens, channels) along the tokens, where that saves memory: on the CPU, and without gradients."""
+    if tokens.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return (tokens,)
+    return tokens.split(max(1, CPU_TOKENS // max(1, len(tokens))), dim=1)
 
 
 def maps_to_tokens(maps: list[torch.Tensor]) -> torch.Tensor:

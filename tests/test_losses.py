@@ -8,7 +8,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import labels, tiny_config
-from proscale_hf.losses import UNMATCHABLE, UniversalSegmentationLoss, sample_labels, sample_maps, totals_per_process
+from proscale_hf.losses import (
+    UNMATCHABLE,
+    UniversalSegmentationLoss,
+    sample_labels,
+    sample_maps,
+    sample_shared,
+    totals_per_process,
+)
 from proscale_hf.packed_masks import pack_masks
 
 
@@ -325,3 +332,9 @@ def test_points_of_a_mask_are_the_uncertain_ones():
     x, y = points[chosen].unbind(-1)
     assert (y[1, :300] - 0.5).abs().max() < 0.2 < (y[1, 300:] - 0.5).abs().max()
     assert x[0, :300].min() > 0.2 > x[0, 300:].min()
+
+
+@pytest.mark.parametrize("masks", [1, 7, 16])
+def test_masks_that_share_points(masks):
+    maps, points = torch.randn(masks, 5, 6), torch.rand(11, 2)
+    torch.testing.assert_close(sample_shared(maps, points), sample_maps(maps[None], points[None])[0])

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from helpers import tiny_config
+from proscale_hf import ms_deform_attn
 from proscale_hf.ms_deform_attn import (
     DeformableEncoderLayer,
     MultiScaleDeformableAttention,
@@ -122,3 +123,15 @@ def test_a_fresh_layer_averages_a_ring_around_each_token():
     output = tokens_to_maps(attention(tokens, torch.zeros_like(tokens), TokenGrid.of_maps([ramp])), [(11, 11)])[0]
     middle = output[0, :, 5, 5].view(4, 8)  # (heads, head_dim); directions right, down, left, up; 2.5 pixels on average
     torch.testing.assert_close(middle[:, 0], torch.tensor([7.5, 5.0, 2.5, 5.0]))
+
+
+def test_a_layer_in_parts_gives_the_same(monkeypatch):
+    layer = DeformableEncoderLayer(tiny_config(), num_levels=3).eval()
+    channels = layer.fc1.in_features
+    grid = TokenGrid.of_maps([torch.zeros(2, channels, *shape) for shape in SHAPES])
+    tokens, positions = torch.randn(2, 33, channels), torch.randn(1, 33, channels)
+    expected = layer(tokens, positions, grid, 20)  # with gradients, and so in one part
+    monkeypatch.setattr(ms_deform_attn, "CPU_TOKENS", 10)
+    with torch.no_grad():
+        assert [part.shape[1] for part in ms_deform_attn.in_parts(tokens[:, :20])] == [5] * 4
+        torch.testing.assert_close(layer(tokens, positions, grid, 20), expected)

@@ -15,6 +15,19 @@ from .workload import Candidate, Workload
 
 
 @dataclass
+class Comparison:
+    """Models and what they were given.
+
+    Attributes:
+        workload: the same for all of them.
+        measurements: one for each model.
+    """
+
+    workload: Workload
+    measurements: list["Measurement"]
+
+
+@dataclass
 class Measurement:
     """What was measured of one candidate.
 
@@ -60,7 +73,7 @@ def compare(
     workload: Workload,
     repeats: int = 5,
     report: Callable[[str], None] = lambda line: None,
-) -> list[Measurement]:
+) -> Comparison:
     """
     Measure candidates in turns: one step each, again and again.
 
@@ -71,7 +84,7 @@ def compare(
         report: called with a line of progress now and then.
 
     Returns:
-        One measurement for each candidate, in their order.
+        The workload, and one measurement for each candidate, in their order.
 
     Raises:
         RuntimeError: a model cannot be built or run here; the message says which and why.
@@ -88,7 +101,7 @@ def compare(
             report(f"round {repeat + 1} of {repeats}")
             for measurement, connection in zip(measurements, connections, strict=True):
                 measurement.add(_step(connection, measurement.candidate, with_memory=False))
-    return measurements
+    return Comparison(workload, measurements)
 
 
 def _step(connection: Connection, candidate: Candidate, with_memory: bool) -> Step:

@@ -50,6 +50,9 @@ def build(candidate: Candidate, workload: Workload) -> tuple[PreTrainedModel, An
 
 
 def _size(workload: Workload) -> dict[str, int]:
+    if workload.mixed:
+        edges = sorted((workload.height, workload.width))
+        return {"shortest_edge": edges[0], "longest_edge": edges[1]}
     return {"height": workload.height, "width": workload.width}
 
 

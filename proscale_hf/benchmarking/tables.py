@@ -7,51 +7,68 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .comparison import Measurement
+from .comparison import Comparison
 from .workload import Workload
 
 
-def to_markdown(measurements: Sequence[Measurement], workload: Workload, command: str) -> str:
+def to_markdown(comparisons: Sequence[Comparison], command: str) -> str:
     """
     Args:
-        measurements: of `compare`; the last one is what the others are compared with.
-        workload: what the models were given.
+        comparisons: of `compare`; the last model of each is what the others are compared with.
         command: the command line, to be repeated by others.
 
     Returns:
-        Machine, versions, command, and one row for each model.
+        Machine, versions, command, and one row for each model and workload. What differs between the workloads has
+        columns of its own.
     """
-    stages = list(dict.fromkeys(stage for m in measurements for stage in m.stages))
-    reference = measurements[-1]
-    header = ["model", "median", "spread", "speed", "peak memory", "of the last", *stages]
-    rows = []
-    for m in measurements:
-        parts = [f"{statistics.median(m.stages[name]):.3f}" if name in m.stages else "" for name in stages]
-        memory_ratio = f"{m.peak_memory / reference.peak_memory:.2f}" if reference.peak_memory else ""
-        rows.append(
-            [
-                f"`{m.candidate}`",
-                f"{m.median:.3f} s",
-                f"{m.spread:.0%}",
-                f"{reference.median / m.median:.2f} x",
-                f"{m.peak_memory / 2**20:.0f} MB",
-                memory_ratio,
-                *parts,
-            ]
-        )
-    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+    stages = list(dict.fromkeys(stage for c in comparisons for m in c.measurements for stage in m.stages))
+    settings = [settings_of(comparison.workload) for comparison in comparisons]
+    varying = [name for name in settings[0] if len({setting[name] for setting in settings}) > 1]
+    rows = [[*varying, "model", "median", "spread", "speed", "peak memory", "of the last", *stages]]
+    rows.append(["---"] * len(rows[0]))
+    for comparison, setting in zip(comparisons, settings, strict=True):
+        reference = comparison.measurements[-1]
+        for m in comparison.measurements:
+            parts = [f"{statistics.median(m.stages[name]):.3f}" if name in m.stages else "" for name in stages]
+            memory_ratio = f"{m.peak_memory / reference.peak_memory:.2f}" if reference.peak_memory else ""
+            rows.append(
+                [
+                    *(setting[name] for name in varying),
+                    f"`{m.candidate}`",
+                    f"{m.median:.3f} s",
+                    f"{m.spread:.0%}",
+                    f"{reference.median / m.median:.2f} x",
+                    f"{m.peak_memory / 2**20:.0f} MB",
+                    memory_ratio,
+                    *parts,
+                ]
+            )
+    workload = comparisons[0].workload
     machine = ", ".join(f"{name} {value}" for name, value in versions(workload.device, workload.threads).items())
-    return "\n".join((f"`{command}`", "", machine, "", *lines))
+    return "\n".join((f"`{command}`", "", machine, "", *(f"| {' | '.join(row)} |" for row in rows)))
 
 
-def to_json(measurements: Sequence[Measurement], workload: Workload, command: str) -> dict[str, Any]:
+def settings_of(workload: Workload) -> dict[str, str]:
+    """What a command line may give several values for, as it is written there."""
+    numbers = {name: str(getattr(workload, name)) for name in ("batch", "queries", "objects")}
+    return {"size": f"{workload.height}x{workload.width}", **numbers}
+
+
+def to_json(comparisons: Sequence[Comparison], command: str) -> dict[str, Any]:
     """The same as plain values; times in seconds, memory in bytes."""
+    workload = comparisons[0].workload
     return {
         "command": command,
         "machine": versions(workload.device, workload.threads),
-        "workload": asdict(workload),
-        "results": [
-            {**asdict(m), "median": m.median, "spread": m.spread, "candidate": str(m.candidate)} for m in measurements
+        "comparisons": [
+            {
+                "workload": asdict(comparison.workload),
+                "results": [
+                    {**asdict(m), "median": m.median, "spread": m.spread, "candidate": str(m.candidate)}
+                    for m in comparison.measurements
+                ],
+            }
+            for comparison in comparisons
         ],
     }
 

@@ -143,10 +143,11 @@ def forward_step(model, processor, candidate, workload, clock, generator) -> Cal
     import torch
 
     pixels = random_pixels(model, workload, generator)
+    masks = {"pixel_mask": pixel_mask(workload).to(model.device)} if workload.mixed else {}
 
     def step() -> None:
         with torch.inference_mode(), clock.stage("forward"):
-            model(pixels)
+            model(pixels, **masks)
 
     return step
 
@@ -158,15 +159,15 @@ def inference_step(model, processor, candidate, workload, clock, generator) -> C
     from PIL import Image
 
     noise = np.random.default_rng(0).integers(0, 256, (workload.height // 16, workload.width // 16, 3), dtype=np.uint8)
-    photo = Image.fromarray(noise).resize((workload.width, workload.height), Image.Resampling.BICUBIC)
+    photos = [Image.fromarray(noise).resize(size[::-1], Image.Resampling.BICUBIC) for size in workload.image_sizes]
     class_logits = confident_class_logits(workload).to(model.device)
     options = {} if candidate.is_ours or candidate.model == "eomt" else {"label_ids_to_fuse": workload.stuff_label_ids}
-    options["target_sizes"] = [(workload.height, workload.width)] * workload.batch
+    options["target_sizes"] = workload.image_sizes
 
     def step() -> None:
         with torch.inference_mode():
             with clock.stage("preprocess"):
-                inputs = processor(images=[photo] * workload.batch, return_tensors="pt").to(model.device)
+                inputs = processor(images=photos, return_tensors="pt").to(model.device)
                 pixels = inputs["pixel_values"].to(model.dtype)
                 masks = {} if "pixel_mask" not in inputs else {"pixel_mask": inputs["pixel_mask"]}
             with clock.stage("forward"):
@@ -201,12 +202,27 @@ def training_step(model, processor, candidate, workload, clock, generator) -> Ca
 
 
 def random_pixels(model: Any, workload: Workload, generator: Any) -> Any:
-    """(batch, 3, height, width) noise in the model's type; EoMT gets the square it needs."""
+    """(batch, 3, height, width) noise in the model's type, of the padded size; EoMT gets the square it needs."""
     import torch
 
     square = getattr(model.config, "image_size", None)
-    size = (square, square) if isinstance(square, int) else (workload.height, workload.width)
+    size = (square, square) if isinstance(square, int) else padded_size(workload)
     return torch.randn((workload.batch, 3, *size), generator=generator).to(model.device, model.dtype)
+
+
+def padded_size(workload: Workload) -> tuple[int, int]:
+    """Height and width that hold every image of the batch."""
+    return tuple(map(max, zip(*workload.image_sizes, strict=True)))
+
+
+def pixel_mask(workload: Workload) -> Any:
+    """(batch, height, width) int64, 1 where the images of the batch are."""
+    import torch
+
+    mask = torch.zeros((workload.batch, *padded_size(workload)), dtype=torch.int64)
+    for image, (height, width) in zip(mask, workload.image_sizes, strict=True):
+        image[:height, :width] = 1
+    return mask
 
 
 def confident_class_logits(workload: Workload) -> Any:

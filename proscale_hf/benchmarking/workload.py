@@ -79,6 +79,7 @@ class Workload:
         objects: in each image, in training.
         stages: layers in each stage of the PRO-SCALE encoder.
         threads: of the CPU; 0 is PyTorch's choice.
+        mixed: every second image stands upright, height and width exchanged, and the batch is padded.
     """
 
     mode: str = "inference"
@@ -93,6 +94,13 @@ class Workload:
     objects: int = 10
     stages: tuple[int, ...] = (3, 3, 3)
     threads: int = 0
+    mixed: bool = False
+
+    @property
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """Height and width of each image of the batch."""
+        size = (self.height, self.width)
+        return [size[::-1] if self.mixed and index % 2 else size for index in range(self.batch)]
 
     @property
     def stuff_label_ids(self) -> set[int]:

@@ -1,6 +1,7 @@
 """`proscale benchmark`: this package's models and others side by side, on this machine."""
 
 import argparse
+import itertools
 import json
 import shlex
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 from ..benchmarking.workload import BACKBONES, BACKENDS, DTYPES, MODELS, MODES, Candidate, Workload
 from .console import CommandError, progress, user_errors
+from .numbers import image_size
 
 
 DEFAULT_MODELS = ("proscale:float32:pytorch", "mask2former")
@@ -22,7 +24,8 @@ def add_benchmark_command(commands: argparse._SubParsersAction) -> None:
         help="compare speed and memory of models",
         description="Run models in turns on the same input and print times, memory and ratios. "
         f"A model is NAME[:TYPE[:BACKEND]]. Names are {models}. Types are {', '.join(DTYPES)}; "
-        f"backends are {', '.join(BACKENDS)}.",
+        f"backends are {', '.join(BACKENDS)}. Sizes, batches, queries and objects may be lists, such as "
+        "512x512,1024x1024: each combination is measured, and the table shows how time and memory grow.",
     )
     parser.add_argument(
         "models",
@@ -33,20 +36,37 @@ def add_benchmark_command(commands: argparse._SubParsersAction) -> None:
     modes = "; ".join(f"{name}: {meaning}" for name, meaning in MODES.items())
     parser.add_argument("--mode", choices=MODES, default="inference", help=f"{modes} (default: %(default)s)")
     parser.add_argument(
-        "--size", type=size, default=(800, 1344), metavar="HxW", help="of the image in pixels (default: 800x1344)"
+        "--size",
+        type=several(size),
+        default="800x1344",
+        metavar="HxW[,...]",
+        help="of the image in pixels (default: %(default)s)",
     )
+    scaled = {
+        "batch": ("1", "images in a step"),
+        "queries": ("100", "object queries"),
+        "objects": ("10", "in each training image"),
+    }
+    for name, (default, meaning) in scaled.items():
+        parser.add_argument(
+            f"--{name}",
+            type=several(count),
+            default=default,
+            metavar="N[,...]",
+            help=f"{meaning} (default: %(default)s)",
+        )
     counts = {
-        "batch": (1, "images in a step"),
         "labels": (133, "classes"),
-        "queries": (100, "object queries"),
         "kept": (20, "queries that post-processing keeps"),
-        "objects": (10, "in each training image"),
         "threads": (0, "of the CPU; 0 is PyTorch's choice"),
     }
     for name, (default, meaning) in counts.items():
         parser.add_argument(
-            f"--{name}", type=count, default=default, metavar="N", help=f"{meaning} (default: {default})"
+            f"--{name}", type=count, default=default, metavar="N", help=f"{meaning} (default: %(default)s)"
         )
+    parser.add_argument(
+        "--mixed", action="store_true", help="every second image stands upright, and the batch is padded; no training"
+    )
     parser.add_argument("--repeats", type=count, default=5, metavar="N", help="rounds that count (default: 5)")
     parser.add_argument("--backbone", choices=BACKBONES, default="swin-t", help="default: %(default)s")
     parser.add_argument("--stages", type=stages, default=(3, 3, 3), metavar="P1,P2,P3", help="default: 3,3,3")
@@ -69,8 +89,15 @@ def count(text: str) -> int:
 
 def size(text: str) -> tuple[int, int]:
     """`"800x1344"`: height and width."""
-    height, _, width = text.lower().partition("x")
-    return number(height, lambda value: 32 <= value <= 8192), number(width, lambda value: 32 <= value <= 8192)
+    height, width = image_size(text)
+    if not (32 <= height <= 8192 and 32 <= width <= 8192):
+        raise argparse.ArgumentTypeError(f"{text!r} must have sides of 32 to 8192 pixels")
+    return height, width
+
+
+def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """`"1,2,4"`: values of a kind."""
+    return lambda text: [kind(part) for part in text.split(",")]
 
 
 def stages(text: str) -> tuple[int, ...]:
@@ -95,19 +122,36 @@ def run_benchmark(options: argparse.Namespace) -> None:
         candidates = [Candidate.parse(text) for text in options.models or DEFAULT_MODELS]
         if options.json is not None:
             check_writable(options.json)
-    if not options.repeats or not options.batch or options.kept > options.queries:
+    if not options.repeats or 0 in options.batch or options.kept > min(options.queries):
         raise CommandError("--repeats and --batch must be at least 1, and --kept at most --queries", exit_code=2)
-    height, width = options.size
-    names = ("mode", "batch", "device", "backbone", "labels", "queries", "kept", "objects", "stages", "threads")
-    workload = Workload(height=height, width=width, **{name: getattr(options, name) for name in names})
+    if options.mixed and (options.mode == "training" or any(candidate.model == "eomt" for candidate in candidates)):
+        raise CommandError("--mixed is not for training, and not for EoMT, which takes squares", exit_code=2)
+    names = ("mode", "device", "backbone", "labels", "kept", "stages", "threads", "mixed")
+    workloads = [
+        Workload(
+            height=height,
+            width=width,
+            batch=batch,
+            queries=queries,
+            objects=objects,
+            **{n: getattr(options, n) for n in names},
+        )
+        for (height, width), batch, queries, objects in itertools.product(
+            options.size, options.batch, options.queries, options.objects
+        )
+    ]
+    comparisons = []
+    command = shlex.join(("proscale", *sys.argv[1:]))
     try:
         with progress("measuring"):
-            measurements = compare(candidates, workload, options.repeats)
+            for workload in workloads:
+                comparisons.append(compare(candidates, workload, options.repeats))
     except RuntimeError as error:
         raise CommandError(str(error)) from error
-    command = shlex.join(("proscale", *sys.argv[1:]))
-    print(to_markdown(measurements, workload, command))
-    if options.json is not None:
-        content: dict[str, Any] = to_json(measurements, workload, command)
-        with user_errors():
-            write_whole(options.json, lambda file: file.write(json.dumps(content, indent=1).encode()))
+    finally:  # also if only the last of them was too much for this machine
+        if comparisons:
+            print(to_markdown(comparisons, command))
+            if options.json is not None:
+                content: dict[str, Any] = to_json(comparisons, command)
+                with user_errors():
+                    write_whole(options.json, lambda file: file.write(json.dumps(content, indent=1).encode()))
