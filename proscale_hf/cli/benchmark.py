@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ..benchmarking.workload import BACKBONES, BACKENDS, DTYPES, MODELS, MODES, Candidate, Workload
@@ -141,7 +142,7 @@ def run_benchmark(options: argparse.Namespace) -> None:
         )
     ]
     comparisons = []
-    command = shlex.join(("proscale", *sys.argv[1:]))
+    command = shlex.join((Path(sys.argv[0]).name, *sys.argv[1:]))
     try:
         with progress("measuring"):
             for workload in workloads:
