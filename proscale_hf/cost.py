@@ -117,7 +117,7 @@ def _measure(config_class: type[ProScaleMask2FormerConfig], config_json: str, he
         features, mask_features = pixels.multi_scale_features, pixels.mask_features
         decoded, layers = _count(lambda: model.transformer_module(features, mask_features))
         _, classes_once = _count(lambda: segmenter.class_predictor(decoded.query_states[-1]))
-        _, masks_once = _count(lambda: predict_masks(decoded.mask_embeddings[-1][None], mask_features))
+        _, masks_once = _count(lambda: predict_masks(decoded.mask_embeddings[-1], mask_features))
     pixel_decoder += sampling.cost
 
     tokens = [feature_map.shape[-2:].numel() for feature_map in features]

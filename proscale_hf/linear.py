@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
+MANY_ROWS, MANY_FEATURES = 512, 128  # from where on oneDNN's weight gradients are faster than MKL's
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -57,6 +58,23 @@ def product(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
 
+def weight_gradient(gradient: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """`gradient.T @ inputs`, as that of a convolution by single pixels, which oneDNN does, where that is faster.
+
+    Args:
+        gradient: (rows, out_features).
+        inputs: (rows, in_features).
+
+    Returns:
+        (out_features, in_features).
+    """
+    if len(inputs) < MANY_ROWS or inputs.shape[1] < MANY_FEATURES:
+        return gradient.T @ inputs
+    size = (gradient.shape[1], inputs.shape[1], 1, 1)
+    inputs, gradient = (rows[None, None].permute(0, 3, 1, 2) for rows in (inputs, gradient))  # images, channels last
+    return nn.grad.conv2d_weight(inputs, size, gradient).flatten(1)
+
+
 class OneDNNLinear(torch.autograd.Function):
     """[`product`] with its gradients."""
 
@@ -77,7 +95,7 @@ class OneDNNLinear(torch.autograd.Function):
         for_inputs, for_weight, for_bias = ctx.needs_input_grad
         return (
             linear(gradient, weight.T) if for_inputs else None,
-            gradient.T @ inputs if for_weight else None,
+            weight_gradient(gradient, inputs) if for_weight else None,
             gradient.sum(0) if for_bias else None,
         )
 

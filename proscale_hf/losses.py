@@ -2,9 +2,9 @@
 
 Masks are compared at random points only, where the labels are read from packed masks (`packed_masks.py`). Void pixels
 count in neither matching nor loss: a point counts if all four pixels around it are labelled. With `mask_padding`,
-points lie in the image alone. Everything is computed in float32, and the costs of all predictions and images go to the
-host in one transfer. With several processes, all divide by the same totals, so that the mean of their gradients is the
-gradient of the joint batch.
+points lie in the image alone. Everything is computed in float32, masks are made from their embeddings part by part, and
+the costs of all predictions and images go to the host in one transfer. With several processes, all divide by the same
+totals, so that the mean of their gradients is the gradient of the joint batch.
 """
 
 import torch
@@ -13,12 +13,13 @@ from torch import nn
 from transformers.utils import logging
 
 from .configuration_proscale_mask2former import ProScaleMask2FormerConfig
+from .linear import linear
+from .mask_losses import Points, matched_mask_losses
+from .point_sampling import in_parts, mask_products, sample_labels, sample_shared
 
 
 logger = logging.get_logger(__name__)
 
-CPU_PART_VALUES = 2**20  # float32 values of a mask's points that are worked on at once
-CPU_GROUPS = 8  # in which masks are sampled at once
 UNMATCHABLE = 1e6  # cost in place of a NaN or an infinity: matched last, but never infeasible
 
 
@@ -47,7 +48,8 @@ class UniversalSegmentationLoss(nn.Module):
     def forward(
         self,
         class_logits: torch.Tensor,
-        mask_logits: torch.Tensor,
+        mask_embeddings: torch.Tensor,
+        mask_features: torch.Tensor,
         packed_masks: list[torch.Tensor],
         class_labels: list[torch.Tensor],
         image_extents: torch.Tensor | None = None,
@@ -55,7 +57,9 @@ class UniversalSegmentationLoss(nn.Module):
         """
         Args:
             class_logits: (predictions, batch, queries, num_labels + 1).
-            mask_logits: (predictions, batch, queries, height, width).
+            mask_embeddings: (predictions, batch, queries, channels).
+            mask_features: (batch, channels, height, width), the per-pixel embedding; its products with the mask
+                embeddings are the masks' logits.
             packed_masks: per image (planes, H, W) uint8, the objects' masks as `packed_masks.py` packs them.
             class_labels: per image (objects,) integers.
             image_extents: (batch, 2), share of the height and width that is image; everything if None.
@@ -73,14 +77,18 @@ class UniversalSegmentationLoss(nn.Module):
         if image_extents is None:
             image_extents = torch.ones((len(class_labels), 2), device=device)
 
+        dtype = mask_features.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        masks = mask_embeddings.to(dtype), mask_features.to(dtype)
         with torch.autocast(device_type=device.type, enabled=False):
-            class_logits, mask_logits = class_logits.float(), mask_logits.float()
-            matches = self.match(class_logits, mask_logits, packed_masks, class_labels, image_extents)
+            class_logits = class_logits.float()
+            matches = self.match(class_logits, *masks, packed_masks, class_labels, image_extents)
             targets = self.class_targets(class_logits, class_labels, matches)
             weight = self.empty_weight.float()[targets].flatten(1).sum(1)
             num_masks, weight = totals_per_process(sum(map(len, class_labels)), weight)
             cross_entropy = self.class_loss(class_logits, targets) / weight
-            mask, dice = self.mask_losses(mask_logits, packed_masks, class_labels, matches, image_extents) / num_masks
+            mask, dice = self.mask_losses(*masks, packed_masks, class_labels, matches, image_extents) / num_masks
         terms = {"loss_cross_entropy": cross_entropy, "loss_mask": mask, "loss_dice": dice}
         last = class_logits.shape[0] - 1
         losses = {name: values[last] for name, values in terms.items()}
@@ -91,7 +99,8 @@ class UniversalSegmentationLoss(nn.Module):
     def match(
         self,
         class_logits: torch.Tensor,
-        mask_logits: torch.Tensor,
+        mask_embeddings: torch.Tensor,
+        mask_features: torch.Tensor,
         packed_masks: list[torch.Tensor],
         class_labels: list[torch.Tensor],
         image_extents: torch.Tensor,
@@ -106,7 +115,12 @@ class UniversalSegmentationLoss(nn.Module):
         """
         costs = [
             self.matching_cost(
-                class_logits[:, i], mask_logits[:, i], packed_masks[i], class_labels[i], image_extents[i]
+                class_logits[:, i],
+                mask_embeddings[:, i],
+                mask_features[i],
+                packed_masks[i],
+                class_labels[i],
+                image_extents[i],
             )
             for i in range(class_logits.shape[1])
         ]
@@ -153,7 +167,8 @@ class UniversalSegmentationLoss(nn.Module):
     def matching_cost(
         self,
         class_logits: torch.Tensor,
-        mask_logits: torch.Tensor,
+        mask_embeddings: torch.Tensor,
+        mask_features: torch.Tensor,
         planes: torch.Tensor,
         class_labels: torch.Tensor,
         image_extent: torch.Tensor,
@@ -162,7 +177,8 @@ class UniversalSegmentationLoss(nn.Module):
 
         Args:
             class_logits: (predictions, queries, num_labels + 1).
-            mask_logits: (predictions, queries, height, width).
+            mask_embeddings: (predictions, queries, channels).
+            mask_features: (channels, height, width).
             planes: (planes, H, W).
             class_labels: (objects,).
             image_extent: (2,).
@@ -176,12 +192,12 @@ class UniversalSegmentationLoss(nn.Module):
         inside, counted = sample_labels(planes, len(class_labels), points)
 
         mask_costs = []
-        for masks in in_parts(mask_logits.flatten(0, 1), config.train_num_points):
-            logits = sample_shared(masks, points)
+        for embeddings in in_parts(mask_embeddings.flatten(0, 1), config.train_num_points):
+            logits = sample_shared(mask_products(embeddings, mask_features), points)
             probabilities = logits.sigmoid()
             # binary cross-entropy: softplus(x) - x * target, summed over points as matrix products
-            cross_entropy = (nn.functional.softplus(logits) @ counted).unsqueeze(1) - logits @ inside.T
-            overlap = 2 * (probabilities @ inside.T)
+            cross_entropy = (nn.functional.softplus(logits) @ counted).unsqueeze(1) - linear(logits, inside)
+            overlap = 2 * linear(probabilities, inside)
             dice = 1 - (overlap + 1) / ((probabilities @ counted).unsqueeze(1) + inside.sum(1) + 1)
             mask_costs.append(
                 config.mask_weight * cross_entropy / counted.sum().clamp(min=1) + config.dice_weight * dice
@@ -208,62 +224,49 @@ class UniversalSegmentationLoss(nn.Module):
 
     def mask_losses(
         self,
-        mask_logits: torch.Tensor,
+        mask_embeddings: torch.Tensor,
+        mask_features: torch.Tensor,
         packed_masks: list[torch.Tensor],
         class_labels: list[torch.Tensor],
         matches: list[torch.Tensor],
         image_extents: torch.Tensor,
     ) -> torch.Tensor:
         """(2, predictions): binary cross-entropy and dice loss, summed over the matched masks."""
-        per_prediction = mask_logits.new_zeros((2, len(mask_logits)))
-        # One indexing for all images: each would have a gradient of the size of all masks.
-        predictions, queries, _ = torch.cat(matches, dim=1)
+        # One indexing for all images: each would have a gradient of the size of all embeddings.
+        predictions, queries, objects = torch.cat(matches, dim=1)
         lengths = [match.shape[1] for match in matches]
         images = torch.cat([queries.new_full((length,), i) for i, length in enumerate(lengths)])
-        matched_masks = mask_logits[predictions, images, queries].split(lengths)  # (matches, height, width) each
-        for i, ((prediction, _, target), masks) in enumerate(zip(matches, matched_masks, strict=True)):
-            if len(masks) == 0:
-                continue
-            points, chosen = self.sample_points(masks.detach(), image_extents[i])
-            logits = sample_maps(masks.unsqueeze(1), points[chosen]).squeeze(1)  # (matches, points)
-            inside, counted = sample_labels(packed_masks[i], len(class_labels[i]), points)
-            inside = inside.take(target[:, None] * len(points) + chosen)  # (matches, points)
-            counted = counted[chosen]
-            # binary cross-entropy: softplus(x) - x * target
-            cross_entropy = (nn.functional.softplus(logits) * counted - logits * inside).sum(1)
-            cross_entropy = cross_entropy / counted.sum(1).clamp(min=1)
-            probabilities = logits.sigmoid()
-            overlap = 2 * (probabilities * inside).sum(1)
-            dice = 1 - (overlap + 1) / ((probabilities * counted).sum(1) + inside.sum(1) + 1)
-            per_prediction = per_prediction.index_add(1, prediction, torch.stack((cross_entropy, dice)))
-        if not per_prediction.requires_grad:  # nothing matched; keep the graph, so that every parameter gets a gradient
-            per_prediction = per_prediction + mask_logits.flatten(1).sum(1) * 0
-        return per_prediction
+        matched = zip(
+            mask_embeddings[predictions, images, queries].split(lengths),
+            mask_features.unbind(),
+            objects.split(lengths),
+            strict=True,
+        )
+        losses = [
+            matched_mask_losses(*masks, self.draw_points(packed_masks[i], len(class_labels[i]), image_extents[i]))
+            for i, masks in enumerate(matched)
+            if lengths[i]
+        ]
+        if not losses:  # nothing matched; keep the graph, so that every parameter gets a gradient
+            nothing = (mask_embeddings.float().sum() + mask_features.float().sum()) * 0
+            return nothing.expand(2, len(mask_embeddings))
+        per_prediction = losses[0].new_zeros((2, len(mask_embeddings)))
+        return per_prediction.index_add(1, predictions, torch.cat(losses, dim=1))
 
-    @torch.no_grad()
-    def sample_points(self, masks: torch.Tensor, extent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Random points, and for each mask a choice of them: most where the prediction is uncertain (PointRend).
-
-        The masks of one image choose from the same points.
+    def draw_points(self, planes: torch.Tensor, objects: int, extent: torch.Tensor) -> Points:
+        """Random points of one image, for its masks to choose from, with the labels there.
 
         Args:
-            masks: (masks, height, width) logits.
+            planes: (planes, H, W), its objects.
+            objects: how many.
             extent: (2,), share of height and width to draw from.
-
-        Returns:
-            (points, 2), (x, y) in the unit square, and (masks, train_num_points) int64, which of them.
         """
         config = self.config
         uncertain = int(config.importance_sample_ratio * config.train_num_points)
         candidates = int(config.oversample_ratio * config.train_num_points)
         others = config.train_num_points - uncertain
-        points = torch.rand((candidates + others, 2), device=masks.device) * extent.flip(0)
-        chosen = torch.arange(candidates - uncertain, candidates + others, device=masks.device).repeat(len(masks), 1)
-        parts = (in_parts(rows, candidates) for rows in (chosen, masks))
-        for chosen_part, part in zip(*parts, strict=True):
-            certainty = sample_shared(part, points[:candidates]).abs_()
-            chosen_part[:, :uncertain] = certainty.topk(uncertain, dim=1, largest=False, sorted=False).indices
-        return points, chosen
+        positions = torch.rand((candidates + others, 2), device=extent.device) * extent.flip(0)
+        return Points(positions, *sample_labels(planes, objects, positions), uncertain, others)
 
 
 def totals_per_process(num_masks: int, total_weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -285,55 +288,3 @@ def totals_per_process(num_masks: int, total_weight: torch.Tensor) -> tuple[torc
         processes = torch.distributed.get_world_size()
     # without any object, or any weight on "no object", there is nothing to divide
     return totals[0].clamp(min=1) / processes, (totals[1:] / processes).clamp(min=torch.finfo(totals.dtype).tiny)
-
-
-def in_parts(rows: torch.Tensor, values_per_row: int) -> tuple[torch.Tensor, ...]:
-    """Cut a tensor along its first axis, so that on the CPU what is made from a part stays in the cache."""
-    on_cpu = rows.device.type == "cpu"
-    return rows.split(max(1, CPU_PART_VALUES // values_per_row // CPU_GROUPS) * CPU_GROUPS) if on_cpu else (rows,)
-
-
-def sample_maps(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Bilinear values of (n, channels, height, width) maps at (n, points, 2) points -> (n, channels, points)."""
-    return nn.functional.grid_sample(maps, 2 * points.unsqueeze(2) - 1, align_corners=False).squeeze(3)
-
-
-def sample_shared(masks: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Bilinear values of (n, height, width) masks, all at the same (points, 2) points -> (n, points).
-
-    On the CPU, PyTorch samples in as many threads as there are items in the batch.
-    """
-    is_divisible = masks.device.type == "cpu" and len(masks) % CPU_GROUPS == 0
-    groups = CPU_GROUPS if is_divisible else 1
-    return sample_maps(masks.unflatten(0, (groups, -1)), points.expand(groups, -1, -1)).flatten(0, 1)
-
-
-def sample_labels(planes: torch.Tensor, objects: int, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bilinear values of packed masks at points, of which only the pixels around the points are unpacked.
-
-    Args:
-        planes: (planes, height, width) uint8, see `packed_masks.py`.
-        objects: how many objects they hold.
-        points: (points, 2), (x, y) in the unit square.
-
-    Returns:
-        (objects, points) float32, the values where no void pixel takes part, else 0; and (points,) float32, 1 there,
-        else 0.
-    """
-    height, width = planes.shape[-2:]
-    x, y = (points * points.new_tensor([width, height]) - 0.5).unbind(-1)
-    left, top = x.floor(), y.floor()
-    right_share, lower_share = x - left, y - top
-    index = torch.arange(1, objects + 1, device=planes.device)
-    plane, bit = index // 8, (index % 8).to(torch.uint8).unsqueeze(1)
-    values = torch.zeros((objects, len(points)), device=planes.device)
-    counted = torch.ones(len(points), device=planes.device)
-    for row, row_weight in ((top, 1 - lower_share), (top + 1, lower_share)):
-        for column, column_weight in ((left, 1 - right_share), (left + 1, right_share)):
-            is_inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            weight = row_weight * column_weight * is_inside  # what lies outside of the map has none
-            pixel = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
-            corner = planes.flatten(1)[:, pixel]  # (planes, points)
-            values += (corner[plane] >> bit & 1) * weight
-            counted *= (corner[0] & 1 == 0) | (weight == 0)
-    return values.mul_(counted), counted

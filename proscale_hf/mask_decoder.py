@@ -425,17 +425,13 @@ class MaskEmbedderLinear(Linear):
 
 
 def predict_masks(mask_embeddings: torch.Tensor, mask_features: torch.Tensor) -> torch.Tensor:
-    """Masks of all given predictions in one matrix product.
+    """Masks of one prediction.
 
     Args:
-        mask_embeddings: (predictions, batch, queries, mask_feature_size).
+        mask_embeddings: (batch, queries, mask_feature_size).
         mask_features: (batch, mask_feature_size, height, width).
 
     Returns:
-        (predictions, batch, queries, height, width) logits.
+        (batch, queries, height, width) logits.
     """
-    predictions, _, queries, _ = mask_embeddings.shape
-    height, width = mask_features.shape[-2:]
-    rows = mask_embeddings.transpose(0, 1).flatten(1, 2)  # (batch, predictions * queries, mask_feature_size)
-    masks = rows @ mask_features.flatten(2)  # (batch, predictions * queries, height * width)
-    return masks.unflatten(2, (height, width)).unflatten(1, (predictions, queries)).transpose(0, 1)
+    return (mask_embeddings @ mask_features.flatten(2)).unflatten(2, mask_features.shape[2:])

@@ -47,8 +47,8 @@ class ProScaleMask2FormerModelOutput(ModelOutput):
         transformer_decoder_hidden_states: the queries before the first and after each layer, (batch, queries,
             hidden_dim) each; with `output_hidden_states`.
         query_states: the normalised queries behind each prediction, first to last; with `output_predictions`.
-        prediction_masks: (predictions, batch, queries, height / 4, width / 4), the masks of each prediction, first to
-            last; with `output_predictions`.
+        mask_embeddings: (predictions, batch, queries, mask_feature_size), whose products with the per-pixel embedding
+            are the masks of each prediction, first to last; with `output_predictions`.
         attentions: self-attention weights per layer, (batch, heads, queries, queries); with `output_attentions`.
         cross_attentions: cross-attention weights per layer, (batch, heads, queries, tokens); with `output_attentions`.
     """
@@ -61,7 +61,7 @@ class ProScaleMask2FormerModelOutput(ModelOutput):
     pixel_decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
     transformer_decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
     query_states: tuple[torch.Tensor, ...] | None = None
-    prediction_masks: torch.Tensor | None = None
+    mask_embeddings: torch.Tensor | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -319,18 +319,16 @@ class ProScaleMask2FormerModel(ProScaleMask2FormerPreTrainedModel):
             None if valid_sizes is None else [-(-valid_sizes // stride) for stride in config.encoder_strides],
             output_attentions,
         )
-        predictions = decoded.mask_embeddings if output_predictions else decoded.mask_embeddings[-1:]
-        masks = predict_masks(torch.stack(predictions), pixels.mask_features)
         output = ProScaleMask2FormerModelOutput(
             transformer_decoder_last_hidden_state=decoded.query_states[-1],
             pixel_decoder_last_hidden_state=pixels.mask_features,
             encoder_last_hidden_state=pixels.backbone_maps[-1],
-            masks_queries_logits=masks[-1],
+            masks_queries_logits=predict_masks(decoded.mask_embeddings[-1], pixels.mask_features),
             encoder_hidden_states=pixels.backbone_maps if output_hidden_states else None,
             pixel_decoder_hidden_states=pixels.multi_scale_features if output_hidden_states else None,
             transformer_decoder_hidden_states=decoded.hidden_states if output_hidden_states else None,
             query_states=decoded.query_states if output_predictions else None,
-            prediction_masks=masks if output_predictions else None,
+            mask_embeddings=torch.stack(decoded.mask_embeddings) if output_predictions else None,
             attentions=decoded.attentions,
             cross_attentions=decoded.cross_attentions,
         )
@@ -398,7 +396,7 @@ class ProScaleMask2FormerForUniversalSegmentation(ProScaleMask2FormerPreTrainedM
         check_labels(mask_labels, packed_masks, class_labels, pixel_values)
         if mask_labels is not None:
             packed_masks = [pack_masks(masks, config.ignore_value) for masks in mask_labels]
-        train_all = packed_masks is not None and config.use_auxiliary_loss
+        output_predictions = packed_masks is not None or output_auxiliary_logits
         if pixel_mask is not None and config.mask_padding:
             pixel_values, pixel_mask = self.pad_to_stride(pixel_values), self.pad_to_stride(pixel_mask)
             packed_masks = None if packed_masks is None else [self.pad_to_stride(planes) for planes in packed_masks]
@@ -408,15 +406,11 @@ class ProScaleMask2FormerForUniversalSegmentation(ProScaleMask2FormerPreTrainedM
             pixel_mask,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
-            output_predictions=train_all or output_auxiliary_logits,
+            output_predictions=output_predictions,
             return_dict=True,
         )
-        if train_all or output_auxiliary_logits:
-            class_logits = self.class_predictor(torch.stack(outputs.query_states))
-            mask_logits = outputs.prediction_masks
-        else:
-            class_logits = self.class_predictor(outputs.transformer_decoder_last_hidden_state)[None]
-            mask_logits = outputs.masks_queries_logits[None]
+        query_states = outputs.query_states or [outputs.transformer_decoder_last_hidden_state]
+        class_logits = self.class_predictor(torch.stack(tuple(query_states)))
 
         image_sizes = None if pixel_mask is None else true_image_sizes(pixel_mask)
         loss, loss_dict, auxiliary_logits = None, None, None
@@ -425,17 +419,21 @@ class ProScaleMask2FormerForUniversalSegmentation(ProScaleMask2FormerPreTrainedM
             extents = None
             if image_sizes is not None and config.mask_padding:
                 extents = image_sizes / torch.tensor(pixel_mask.shape[-2:], device=image_sizes.device)
-            loss_dict = self.criterion(class_logits[first:], mask_logits[first:], packed_masks, class_labels, extents)
+            masks = outputs.mask_embeddings[first:], outputs.pixel_decoder_last_hidden_state
+            loss_dict = self.criterion(class_logits[first:], *masks, packed_masks, class_labels, extents)
             loss = self.weighted_sum(loss_dict)
         if output_auxiliary_logits:
             auxiliary_logits = [
-                {"class_queries_logits": classes, "masks_queries_logits": masks}
-                for classes, masks in zip(class_logits[:-1], mask_logits[:-1], strict=True)
+                {
+                    "class_queries_logits": classes,
+                    "masks_queries_logits": predict_masks(embeddings, outputs.pixel_decoder_last_hidden_state),
+                }
+                for classes, embeddings in zip(class_logits[:-1], outputs.mask_embeddings[:-1], strict=True)
             ]
         output = ProScaleMask2FormerForUniversalSegmentationOutput(
             loss=loss,
             class_queries_logits=class_logits[-1],
-            masks_queries_logits=mask_logits[-1],
+            masks_queries_logits=outputs.masks_queries_logits,
             image_sizes=image_sizes,
             loss_dict=loss_dict,
             auxiliary_logits=auxiliary_logits,

@@ -88,3 +88,10 @@ def labels(
         mask_labels.append(masks)
         class_labels.append(torch.randint(0, num_labels, (number,), generator=generator))
     return {"mask_labels": mask_labels, "class_labels": class_labels}
+
+
+def as_products(mask_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(predictions, batch, queries, height, width) logits as products of mask embeddings with a per-pixel embedding."""
+    predictions, batch, queries = mask_logits.shape[:3]
+    embeddings = torch.eye(predictions * queries).view(predictions, 1, queries, -1).repeat(1, batch, 1, 1)
+    return embeddings.to(mask_logits.dtype), mask_logits.transpose(0, 1).flatten(1, 2)

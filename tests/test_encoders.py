@@ -90,7 +90,7 @@ def scenes() -> dict:
     """A batch of demo scenes, ready for a model."""
     pytest.importorskip("skimage")
     pytest.importorskip("sklearn")
-    sys.path.insert(0, str(EXAMPLES))
+    sys.path.append(str(EXAMPLES))
     from demo_scenes import STUFF_LABEL_IDS, DemoScenes
 
     images = DemoScenes(4, "train", size=(128, 192))

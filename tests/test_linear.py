@@ -7,7 +7,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from proscale_hf.linear import HAS_ONEDNN, Linear, OneDNNLinear, linear, suits_onednn, use_onednn
+from proscale_hf.linear import (
+    HAS_ONEDNN,
+    Linear,
+    OneDNNLinear,
+    linear,
+    suits_onednn,
+    use_onednn,
+    weight_gradient,
+)
 
 
 pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="PyTorch without oneDNN")
@@ -30,6 +38,16 @@ def test_values_and_gradients(shape, has_bias):
         torch.testing.assert_close(one, other)
     with torch.inference_mode():
         torch.testing.assert_close(linear(inputs, weight, bias), theirs)
+
+
+@pytest.mark.parametrize("rows", [40, 700])
+def test_weight_gradients_few_and_many(rows):
+    inputs, gradient = torch.randn(rows, 130), torch.randn(rows, 9)
+    for of_output in (gradient, gradient[:1].expand(rows, 9), torch.randn(9, rows).T):
+        expected = (of_output.double().T @ inputs.double()).float()
+        ours = weight_gradient(of_output, inputs)
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
+        assert ours.is_contiguous()
 
 
 def test_what_is_not_contiguous():

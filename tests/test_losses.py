@@ -7,15 +7,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers import labels, tiny_config
-from proscale_hf.losses import (
-    UNMATCHABLE,
-    UniversalSegmentationLoss,
-    sample_labels,
-    sample_maps,
-    sample_shared,
-    totals_per_process,
-)
+from helpers import as_products, labels, tiny_config
+from proscale_hf import losses, mask_losses
+from proscale_hf.losses import UNMATCHABLE, UniversalSegmentationLoss, totals_per_process
 from proscale_hf.packed_masks import pack_masks
 
 
@@ -38,7 +32,7 @@ def packed(given: dict[str, list[torch.Tensor]]) -> tuple[list[torch.Tensor], li
 def run(class_logits, mask_logits, mask_labels, class_labels, seed: int = 0, **changes) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
     given = packed({"mask_labels": mask_labels, "class_labels": class_labels})
-    return criterion(**changes)(class_logits, mask_logits, *given)
+    return criterion(**changes)(class_logits, *as_products(mask_logits), *given)
 
 
 @pytest.fixture
@@ -46,23 +40,6 @@ def points_inside(monkeypatch):
     """Random points away from the border, where bilinear sampling mixes in zeros."""
     rand = torch.rand
     monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: 0.25 + 0.5 * rand(*size, **kwargs))
-
-
-def test_sample_labels_is_bilinear_sampling():
-    masks = (torch.rand(9, 10, 14) > 0.5).to(torch.uint8)
-    points = torch.rand(50, 2)
-    values, counted = sample_labels(pack_masks(masks), 9, points)
-    torch.testing.assert_close(values, sample_maps(masks.float()[None], points[None])[0])
-    assert counted.all()
-
-
-def test_points_next_to_void_do_not_count():
-    masks = torch.ones(1, 4, 4, dtype=torch.uint8)
-    masks[0, :, 2:] = 255
-    points = torch.tensor([[0.125, 0.5], [0.3, 0.5], [0.5, 0.5], [0.9, 0.5]])
-    values, counted = sample_labels(pack_masks(masks), 1, points)
-    assert counted.tolist() == [1.0, 1.0, 0.0, 0.0]
-    assert values.tolist() == [[1.0, 1.0, 0.0, 0.0]]
 
 
 def test_terms_on_a_known_match(points_inside):
@@ -92,7 +69,7 @@ def test_matching_finds_the_right_queries():
         mask_logits[:, i, queries] = 16 * small - 8
         class_logits[:, i, queries, given["class_labels"][i]] += 5
     loss = criterion()
-    matches = loss.match(class_logits, mask_logits, *packed(given), torch.ones(2, 2))
+    matches = loss.match(class_logits, *as_products(mask_logits), *packed(given), torch.ones(2, 2))
     for queries, match in zip(wanted, matches, strict=True):
         for prediction in range(3):
             of_prediction = match[1:, match[0] == prediction]
@@ -156,13 +133,14 @@ def test_an_image_without_objects_beside_one_with():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_broken_predictions_do_not_stop_the_matching(bad, monkeypatch, caplog):
     class_logits, mask_logits = predictions()
-    mask_logits[:, :, 3] = bad
+    embeddings, features = as_products(mask_logits)
+    embeddings[:, :, 3] = bad
     class_logits[:, :, 3] = bad
     given = packed(labels((3, 1)))
     loss = criterion()
     monkeypatch.setattr(logging.getLogger("proscale_hf.losses"), "propagate", True)
     for step in (1, 2):
-        matches = loss.match(class_logits, mask_logits, *given, torch.ones(2, 2))
+        matches = loss.match(class_logits, embeddings, features, *given, torch.ones(2, 2))
         assert all(3 not in match[1] for match in matches)
         assert [match.shape[1] for match in matches] == [2 * 3, 2 * 1]
         assert loss.non_finite_costs == step * 2 * (3 + 1)
@@ -181,7 +159,8 @@ def test_costs_that_are_not_numbers_are_replaced():
 
 def test_healthy_costs_are_not_reported(caplog):
     loss = criterion()
-    loss(*predictions(), *packed(labels()))
+    class_logits, mask_logits = predictions()
+    loss(class_logits, *as_products(mask_logits), *packed(labels()))
     assert loss.non_finite_costs == 0 and not caplog.records
 
 
@@ -220,7 +199,7 @@ def test_one_transfer_to_the_host_in_a_step(monkeypatch):
     class_logits, mask_logits = (logits.requires_grad_() for logits in predictions())
     given = packed(labels((3, 2)))
     with HostReads() as reads:
-        sum(criterion()(class_logits, mask_logits, *given).values()).backward()
+        sum(criterion()(class_logits, *as_products(mask_logits), *given).values()).backward()
     assert events == ["transfer after []"]
     assert reads.seen == []
 
@@ -234,7 +213,8 @@ def test_each_cost_has_its_own_weight():
         torch.manual_seed(0)
         loss = criterion(**{"class_weight": 1.0, "mask_weight": 1.0, "dice_weight": 1.0, **weights})
         (planes,), (classes,) = packed(given)
-        return loss.matching_cost(class_logits[:, 0], mask_logits[:, 0], planes, classes, torch.ones(2))
+        embeddings, features = as_products(mask_logits)
+        return loss.matching_cost(class_logits[:, 0], embeddings[:, 0], features[0], planes, classes, torch.ones(2))
 
     parts = {name: cost(**{name: 2.0}) - cost() for name in ("class_weight", "mask_weight", "dice_weight")}
     probabilities = class_logits[:, 0].softmax(-1)[..., given["class_labels"][0]]
@@ -254,24 +234,24 @@ def test_the_mean_is_over_the_points_that_count(points_inside):
     torch.testing.assert_close(run(class_logits, mask_logits, [masks], [torch.tensor([1])])["loss_mask"], clean)
 
 
-def test_void_without_weight_does_not_discard_a_point():
-    masks = torch.zeros(1, 4, 4, dtype=torch.uint8)
-    masks[0, :, 2:] = 255
-    exactly_on_a_pixel = torch.tensor([[1.5 / 4, 0.5]])  # its right neighbour is void, but has no part in it
-    _, counted = sample_labels(pack_masks(masks), 1, exactly_on_a_pixel)
-    assert counted.tolist() == [1.0]
-
-
 def test_losses_are_computed_in_float32_under_autocast(monkeypatch):
+    """Masks are bfloat16 products then; what is computed from them is not."""
     seen = []
-    for name in ("matching_cost", "mask_losses", "class_loss"):
-        method = getattr(UniversalSegmentationLoss, name)
 
-        def recorded(self, *arguments, method=method):
-            seen.append((torch.is_autocast_enabled("cpu"), arguments[0].dtype))
-            return method(self, *arguments)
+    def record(owner, name):
+        function = getattr(owner, name)
 
-        monkeypatch.setattr(UniversalSegmentationLoss, name, recorded)
+        def recorded(*arguments):
+            seen.append((torch.is_autocast_enabled("cpu"), next(a.dtype for a in arguments if hasattr(a, "dtype"))))
+            return function(*arguments)
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    record(UniversalSegmentationLoss, "matching_cost")  # its class logits
+    record(UniversalSegmentationLoss, "class_loss")
+    record(losses, "sample_shared")
+    record(mask_losses, "sample_shared")
+    record(mask_losses, "point_losses")
     class_logits, mask_logits = (logits.bfloat16() for logits in predictions())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         terms = run(class_logits, mask_logits, *labels().values())
@@ -319,22 +299,12 @@ def test_classes_that_the_model_does_not_have_are_refused(classes, wrong):
         run(*predictions(), *given)
 
 
-def test_points_of_a_mask_are_the_uncertain_ones():
-    """Three quarters of the points lie where the logit is nearest to 0, the others anywhere in the image's part."""
-    torch.manual_seed(0)
-    loss = UniversalSegmentationLoss(tiny_config(train_num_points=400))
-    ramps = torch.linspace(-4, 4, 32).expand(2, 32, 32).clone()
-    ramps[1] = ramps[1].T.clone()
-    points, chosen = loss.sample_points(ramps, torch.tensor([1.0, 0.5]))
-    assert chosen.shape == (2, 400)
-    assert points[:, 0].max() <= 0.5 < points[:, 1].max()
-    assert all(len(row.unique()) == 400 for row in chosen)
-    x, y = points[chosen].unbind(-1)
-    assert (y[1, :300] - 0.5).abs().max() < 0.2 < (y[1, 300:] - 0.5).abs().max()
-    assert x[0, :300].min() > 0.2 > x[0, 300:].min()
-
-
-@pytest.mark.parametrize("masks", [1, 7, 16])
-def test_masks_that_share_points(masks):
-    maps, points = torch.randn(masks, 5, 6), torch.rand(11, 2)
-    torch.testing.assert_close(sample_shared(maps, points), sample_maps(maps[None], points[None])[0])
+def test_points_are_drawn_in_the_part_that_is_image():
+    loss = criterion(importance_sample_ratio=0.75, oversample_ratio=3.0)
+    masks = torch.ones(2, 8, 8, dtype=torch.uint8)
+    points = loss.draw_points(pack_masks(masks), 2, torch.tensor([1.0, 0.5]))
+    assert (points.uncertain, points.others) == (300, 100)
+    assert points.positions.shape == (1300, 2) and points.inside.shape == (2, 1300)
+    x, y = points.positions.unbind(-1)
+    assert 0.45 < x.max() <= 0.5 and 0.9 < y.max() <= 1
+    assert points.counted.all()

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from convert.detectron2 import convert_checkpoint
+from helpers import as_products
 from proscale_hf import ProScaleMask2FormerImageProcessorPil
 from proscale_hf.packed_masks import pack_masks
 
@@ -103,7 +104,8 @@ def test_losses(recorded):
     packed_masks = [pack_masks(tensors["mask_labels_0"]), pack_masks(tensors["mask_labels_1"])]
     class_labels = [tensors["class_labels_0"], tensors["class_labels_1"]]
     torch.manual_seed(0)
-    draws = [model.criterion(class_logits, mask_logits, packed_masks, class_labels) for _ in range(DRAWS)]
+    masks = as_products(mask_logits)
+    draws = [model.criterion(class_logits, *masks, packed_masks, class_labels) for _ in range(DRAWS)]
     assert len(draws[0]) == len(facts["losses"])
     for name, expected in facts["losses"].items():
         values = torch.stack([draw[name.replace("loss_ce", "loss_cross_entropy")] for draw in draws])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 SCRIPT = EXAMPLES / "train_accelerate.py"
-sys.path.insert(0, str(EXAMPLES))
+sys.path.append(str(EXAMPLES))
 
 from demo_scenes import DemoScenes, write_scenes  # noqa: E402
 
