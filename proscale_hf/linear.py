@@ -1,7 +1,8 @@
-"""Linear layers whose float32 product on the CPU is oneDNN's.
+"""Linear layers whose product on the CPU is oneDNN's.
 
-PyTorch hands such a product to MKL, which on AMD's processors reaches about half the speed of oneDNN with several
-threads. PyTorch has both, and everything else, other types, devices and compiled graphs, is left to its own choice.
+PyTorch hands a float32 product to MKL, which on AMD's processors reaches about half the speed of oneDNN with several
+threads. A bfloat16 one it hands to oneDNN, after copying the bias to every row of the result. Everything else, other
+types, devices and compiled graphs, is left to its own choice.
 """
 
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 MANY_ROWS, MANY_FEATURES = 512, 128  # from where on oneDNN's weight gradients are faster than MKL's
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+HAS_BFLOAT16 = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -37,11 +39,16 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def suits_onednn(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether it is a plain float32 product on the CPU: not under autocast, and not compiled, traced or counted."""
+    """Whether it is a plain product on the CPU: not under autocast, and not compiled, traced or counted.
+
+    It is float32, or, without gradients, bfloat16: what is saved there is a copy.
+    """
+    takes_bfloat16 = HAS_BFLOAT16 and not torch.is_grad_enabled()
     return (
         HAS_ONEDNN
         and inputs.device.type == weight.device.type == "cpu"
-        and inputs.dtype == weight.dtype == torch.float32
+        and inputs.dtype == weight.dtype
+        and (inputs.dtype == torch.float32 or (inputs.dtype == torch.bfloat16 and takes_bfloat16))
         and type(weight) in (nn.Parameter, torch.Tensor)  # no shard, and no quantised weight
         and inputs.ndim > 1
         and inputs.numel() > 0

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
 from .configuration_proscale_mask2former import ProScaleMask2FormerConfig
-from .linear import Linear, linear
+from .linear import Linear, linear, suits_onednn
 from .position_embedding import sine_position_embedding
 
 
@@ -197,7 +197,7 @@ def attention_region(mask_embedding: torch.Tensor, memory: Memory) -> torch.Tens
     Returns:
         (batch, 1, queries, tokens) bool, True where attention is allowed; never on padding.
     """
-    inside = mask_embedding @ memory.mask_features >= 0  # the logit of 0.5; (batch, queries, tokens)
+    inside = masks_of_tokens(mask_embedding, memory.mask_features) >= 0  # the logit of 0.5; (batch, queries, tokens)
     if memory.valid is not None:
         inside = inside & memory.valid
     empty = ~inside.any(dim=-1, keepdim=True)
@@ -434,4 +434,13 @@ def predict_masks(mask_embeddings: torch.Tensor, mask_features: torch.Tensor) ->
     Returns:
         (batch, queries, height, width) logits.
     """
-    return (mask_embeddings @ mask_features.flatten(2)).unflatten(2, mask_features.shape[2:])
+    return masks_of_tokens(mask_embeddings, mask_features.flatten(2)).unflatten(2, mask_features.shape[2:])
+
+
+def masks_of_tokens(mask_embeddings: torch.Tensor, mask_features: torch.Tensor) -> torch.Tensor:
+    """(batch, queries, channels) and (batch, channels, tokens) -> (batch, queries, tokens) logits."""
+    if not suits_onednn(mask_embeddings, mask_features):
+        return mask_embeddings @ mask_features
+    # Maps are channels last, so that their tokens are the rows of a linear layer's weight; `bmm` would copy them.
+    masks = [linear(rows, tokens.T) for rows, tokens in zip(mask_embeddings, mask_features, strict=True)]
+    return torch.stack(masks) if len(masks) > 1 else masks[0][None]

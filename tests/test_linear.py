@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from proscale_hf.linear import (
+    HAS_BFLOAT16,
     HAS_ONEDNN,
     Linear,
     OneDNNLinear,
@@ -72,6 +73,17 @@ def test_second_derivatives():
         strict=True,
     ):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.skipif(not HAS_BFLOAT16, reason="a processor without bfloat16")
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_bfloat16_without_gradients(has_bias):
+    inputs, weight, bias = (torch.randn(shape).bfloat16() for shape in ((2, 70, 48), (40, 48), (40,)))
+    bias = bias if has_bias else None
+    with torch.no_grad():
+        assert suits_onednn(inputs, weight)
+        assert torch.equal(linear(inputs, weight, bias), nn.functional.linear(inputs, weight, bias))
+    assert not suits_onednn(inputs, weight) and not suits_onednn(inputs, weight.float())
 
 
 def test_what_is_left_to_pytorch():
