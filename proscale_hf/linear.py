@@ -66,7 +66,8 @@ def product(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def weight_gradient(gradient: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """`gradient.T @ inputs`, as that of a convolution by single pixels, which oneDNN does, where that is faster.
+    """`gradient.T @ inputs`; in float32 on the CPU that of a convolution by single pixels, which oneDNN does, where
+    that is faster.
 
     Args:
         gradient: (rows, out_features).
@@ -75,7 +76,8 @@ def weight_gradient(gradient: torch.Tensor, inputs: torch.Tensor) -> torch.Tenso
     Returns:
         (out_features, in_features).
     """
-    if len(inputs) < MANY_ROWS or inputs.shape[1] < MANY_FEATURES:
+    is_large = len(inputs) >= MANY_ROWS and inputs.shape[1] >= MANY_FEATURES
+    if not (is_large and inputs.dtype == torch.float32 and suits_onednn(gradient, inputs)):
         return gradient.T @ inputs
     size = (gradient.shape[1], inputs.shape[1], 1, 1)
     inputs, gradient = (rows[None, None].permute(0, 3, 1, 2) for rows in (inputs, gradient))  # images, channels last

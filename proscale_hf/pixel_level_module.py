@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 from .configuration_proscale_mask2former import ProScaleMask2FormerConfig
 from .mvit_windows import use_hybrid_windows
 from .pixel_decoder import PixelDecoder
+from .swin_mlp import use_lean_mlp
 from .swin_strips import use_strips
 
 
@@ -46,6 +47,7 @@ class PixelLevelModule(nn.Module):
         self.encoder = load_backbone(config)
         use_hybrid_windows(self.encoder)
         use_strips(self.encoder)
+        use_lean_mlp(self.encoder)
         if len(self.encoder.channels) != len(self.strides):
             raise ValueError(
                 f"The backbone gives {len(self.encoder.channels)} feature maps, but `feature_strides` names "

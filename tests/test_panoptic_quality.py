@@ -1,6 +1,7 @@
 """Panoptic quality: recorded numbers of the reference, the rules for void and crowds, files and bad input."""
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -248,6 +249,16 @@ def test_command_prints_json():
     command += command_arguments(*(FIXTURE / name for name in FILES))
     finished = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
     assert json.loads(finished.stdout)["All"]["pq"] == pytest.approx(0.47457954386627543, abs=1e-9)
+
+
+def test_command_whose_reader_has_left():
+    command = [sys.executable, "-m", "proscale_hf.evaluation.panoptic_quality"]
+    command += command_arguments(*(FIXTURE / name for name in FILES))
+    reader, writer = os.pipe()
+    os.close(reader)
+    finished = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    os.close(writer)
+    assert (finished.returncode, finished.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

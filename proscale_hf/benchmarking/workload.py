@@ -48,7 +48,8 @@ class Candidate:
         for name, known in (("model", MODELS), ("dtype", DTYPES), ("backend", BACKENDS)):
             value = getattr(candidate, name)
             if value not in known:
-                raise ValueError(f"{text!r}: {value!r} is no {name}; known: {', '.join(known)}")
+                where = "" if value == text else f"{text!r}: "
+                raise ValueError(f"{where}{value!r} is no {name}; known: {', '.join(known)}")
         if "kernel" in candidate.backend and not candidate.is_ours:
             raise ValueError(f"{text!r}: kernels are for this package's models only")
         return candidate

@@ -423,7 +423,10 @@ def main() -> None:
         sys.exit("error: a process was killed, probably for want of memory; try fewer --processes.")
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(json.dumps(quality, indent=1))
+    try:
+        print(json.dumps(quality, indent=1), flush=True)
+    except BrokenPipeError:  # the reader, `head` say, has seen enough; Python is not to try again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
