@@ -118,8 +118,9 @@ def choose_points(values: torch.Tensor, uncertain: int, others: int) -> torch.Te
 
 def labels_at(chosen: torch.Tensor, objects: torch.Tensor, points: Points) -> tuple[torch.Tensor, torch.Tensor]:
     """Each mask's object at its points, and whether they count: both (masks, points) float32."""
-    counted = points.counted.expand(len(chosen), -1)
-    return points.inside.index_select(0, objects).gather(1, chosen), counted.gather(1, chosen)
+    of_all_objects = points.inside.flatten().expand(len(chosen), -1)  # instead of a copied row for each mask
+    inside = of_all_objects.gather(1, chosen + objects.unsqueeze(1) * points.inside.shape[1])
+    return inside, points.counted.expand(len(chosen), -1).gather(1, chosen)
 
 
 def positions_of(chosen: torch.Tensor, points: Points) -> torch.Tensor:
