@@ -21,7 +21,7 @@ from .linear import Linear
 
 
 IM2COL_STEP = 64  # images that a compiled kernel handles at once
-CPU_TOKENS = 2048  # tokens that a feed-forward block works on at once, so that what is in between stays in the cache
+CPU_TOKENS = 2048  # that are worked on at once, so that what is in between stays in the cache
 BORDER_BEFORE, BORDER_AFTER = 1, 2  # rows and columns of zeros around a map that bilinear sampling can touch
 
 
@@ -53,39 +53,61 @@ class MultiScaleDeformableAttention(nn.Module):
         Returns:
             (batch, queries, heads * head_dim), in the type of `value`.
         """
-        batch, _, heads, head_dim = value.shape
-        queries = sampling_locations.shape[1]
         accumulate = torch.promote_types(value.dtype, torch.float32)
         maps, shapes = with_zero_border(value.to(accumulate), value_spatial_shapes_list)
-        tokens = maps.shape[1]
-
-        sizes = value_spatial_shapes.flip(-1)[:, None]  # (levels, 1, 2): width, height
-        pixels = (sampling_locations.to(accumulate) * sizes - 0.5).clamp(min=-1).minimum(sizes)
-        pixels = pixels.nan_to_num(nan=-1.0)  # outside, as in the compiled kernels
-        corners = pixels.floor()
-        right, lower = (pixels - corners).unbind(-1)  # (batch, queries, heads, levels, points) each
-        left_weights, right_weights = attention_weights * (1 - right), attention_weights * right
-        weights = torch.stack(
-            (left_weights * (1 - lower), right_weights * (1 - lower), left_weights * lower, right_weights * lower), -1
-        )
-
-        # Each head of each token is a row of one table, and all that a query's head samples is one bag of rows.
-        x, y = (corners + BORDER_BEFORE).to(torch.int64).unbind(-1)
         lengths = [height * width for height, width in shapes]
-        starts = [sum(lengths[:level]) for level in range(len(lengths))]
-        widths = value_spatial_shapes[:, 1:] + BORDER_BEFORE + BORDER_AFTER  # (levels, 1)
-        first_tokens = torch.arange(batch, device=value.device)[:, None] * tokens + widths.new_tensor(starts)
-        upper_left = first_tokens[:, None, None, :, None] + y * widths + x
-        upper_left = upper_left * heads + torch.arange(heads, device=value.device)[:, None, None]
-        down = widths * heads
-        rows = torch.stack((upper_left, upper_left + heads, upper_left + down, upper_left + down + heads), -1)
-        output = nn.functional.embedding_bag(
-            rows.flatten(3).flatten(0, 2),  # (batch * queries * heads, levels * points * 4)
-            maps.flatten(0, 2),  # (batch * tokens * heads, head_dim)
-            per_sample_weights=weights.flatten(3).flatten(0, 2).to(accumulate),
-            mode="sum",
-        )
-        return output.view(batch, queries, heads * head_dim).to(value.dtype)
+        starts = value_spatial_shapes.new_tensor([sum(lengths[:level]) for level in range(len(lengths))])
+        outputs = [
+            sample_and_sum(maps, value_spatial_shapes, starts, locations.to(accumulate), weights.to(accumulate))
+            for locations, weights in zip(in_parts(sampling_locations), in_parts(attention_weights), strict=True)
+        ]
+        return (torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]).to(value.dtype)
+
+
+def sample_and_sum(
+    maps: torch.Tensor,
+    spatial_shapes: torch.Tensor,
+    starts: torch.Tensor,
+    locations: torch.Tensor,
+    attention_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Each head of each token is a row of one table, and all that a query's head samples is one bag of rows.
+
+    Args:
+        maps: (batch, tokens, heads, head_dim), map after map, each with its border.
+        spatial_shapes: (levels, 2) int64, (height, width) of each map without its border.
+        starts: (levels,) int64, the first token of each map.
+        locations: (batch, queries, heads, levels, points, 2), as in [`MultiScaleDeformableAttention.forward`].
+        attention_weights: (batch, queries, heads, levels, points), of the maps' type as the locations.
+
+    Returns:
+        (batch, queries, heads * head_dim).
+    """
+    batch, tokens, heads, head_dim = maps.shape
+    sizes = spatial_shapes.flip(-1)[:, None]  # (levels, 1, 2): width, height
+    pixels = (locations * sizes - 0.5).clamp(min=-1).minimum(sizes)
+    pixels = pixels.nan_to_num(nan=-1.0)  # outside, as in the compiled kernels
+    corners = pixels.floor()
+    right, lower = (pixels - corners).unbind(-1)  # (batch, queries, heads, levels, points) each
+    left_weights, right_weights = attention_weights * (1 - right), attention_weights * right
+    weights = torch.stack(
+        (left_weights * (1 - lower), right_weights * (1 - lower), left_weights * lower, right_weights * lower), -1
+    )
+
+    x, y = (corners + BORDER_BEFORE).to(torch.int64).unbind(-1)
+    widths = spatial_shapes[:, 1:] + BORDER_BEFORE + BORDER_AFTER  # (levels, 1)
+    first_tokens = torch.arange(batch, device=maps.device)[:, None] * tokens + starts
+    upper_left = first_tokens[:, None, None, :, None] + y * widths + x
+    upper_left = upper_left * heads + torch.arange(heads, device=maps.device)[:, None, None]
+    down = widths * heads
+    rows = torch.stack((upper_left, upper_left + heads, upper_left + down, upper_left + down + heads), -1)
+    output = nn.functional.embedding_bag(
+        rows.flatten(3).flatten(0, 2),  # (batch * queries * heads, levels * points * 4)
+        maps.flatten(0, 2),  # (batch * tokens * heads, head_dim)
+        per_sample_weights=weights.flatten(3).flatten(0, 2),
+        mode="sum",
+    )
+    return output.view(batch, -1, heads * head_dim)
 
 
 def with_zero_border(
@@ -318,7 +340,7 @@ class DeformableEncoderLayer(GradientCheckpointingLayer):
 
 
 def in_parts(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Cut (batch, tokens, channels) along the tokens, where that saves memory: on the CPU, and without gradients."""
+    """Cut (batch, tokens, ...) along the tokens, where that saves memory: on the CPU, and without gradients."""
     if tokens.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return (tokens,)
     return tokens.split(max(1, CPU_TOKENS // max(1, len(tokens))), dim=1)

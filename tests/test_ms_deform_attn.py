@@ -67,6 +67,15 @@ def test_values(shapes, dtype, precision):
     torch.testing.assert_close(output.double(), written_out(*inputs, shapes), rtol=precision, atol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 6])
+def test_parts_of_queries_at_inference(monkeypatch, tokens):
+    inputs = random_inputs(SHAPES)
+    expected = run(*inputs, SHAPES)  # with gradients, all queries at once
+    monkeypatch.setattr(ms_deform_attn, "CPU_TOKENS", tokens)
+    with torch.no_grad():
+        torch.testing.assert_close(run(*inputs, SHAPES), expected)
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf"), 1e30])
 def test_impossible_locations_add_nothing(wrong):
     value, locations, weights = random_inputs(SHAPES)
