@@ -512,6 +512,25 @@ def test_compiles_without_a_graph_break(encoder):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < (2, 15), reason="PyTorch 2.8 compiles for each size; not tried between")
+def test_a_compiled_model_takes_other_sizes():
+    """Not with transformers' Swin, which keeps the compiler busy when it does not know the size."""
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    model = tiny_model(backbone_config=TINY_RESNET)
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    sizes = [(64, 96), (96, 64), (128, 160), (64, 64), (100, 132), (96, 128), (160, 96)]
+    for size in sizes:
+        for a, b in zip(logits_of(model, pixels(1, *size)), logits_of(compiled, pixels(1, *size)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert len(graphs) <= 3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("with_mask", [False, True])
 @pytest.mark.parametrize("encoder", sorted(ENCODER_CLASSES))
 def test_exports(encoder, with_mask):
