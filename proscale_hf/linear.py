@@ -65,9 +65,31 @@ def product(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
 
+def linear_gradients(
+    gradient: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, needed: tuple[bool, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """
+    Gradients of [`linear`].
+
+    Args:
+        gradient: (rows, out_features), that of the result.
+        inputs: (rows, in_features), of the gradient's type.
+        weight: (out_features, in_features); under autocast of another type.
+        needed: which of the three are wanted.
+
+    Returns:
+        Those of inputs, weight and bias, or None; of the gradient's type, which autograd makes theirs.
+    """
+    for_inputs, for_weight, for_bias = needed
+    return (
+        linear(gradient, weight.to(gradient.dtype).T) if for_inputs else None,
+        weight_gradient(gradient, inputs) if for_weight else None,
+        gradient.sum(0) if for_bias else None,
+    )
+
+
 def weight_gradient(gradient: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """`gradient.T @ inputs`; in float32 on the CPU that of a convolution by single pixels, which oneDNN does, where
-    that is faster.
+    """`gradient.T @ inputs`: the weight gradient of a convolution by single pixels, where oneDNN's is the faster one.
 
     Args:
         gradient: (rows, out_features).
@@ -100,13 +122,7 @@ class OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of the arguments."""
-        inputs, weight = ctx.saved_tensors
-        for_inputs, for_weight, for_bias = ctx.needs_input_grad
-        return (
-            linear(gradient, weight.T) if for_inputs else None,
-            weight_gradient(gradient, inputs) if for_weight else None,
-            gradient.sum(0) if for_bias else None,
-        )
+        return linear_gradients(gradient, *ctx.saved_tensors, ctx.needs_input_grad)
 
 
 class Linear(nn.Linear):

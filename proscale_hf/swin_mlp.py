@@ -11,7 +11,7 @@ from torch import nn
 from transformers.activations import GELUActivation
 from transformers.models.swin.modeling_swin import SwinMLP
 
-from .linear import Linear, linear, weight_gradient
+from .linear import Linear, OneDNNLinear, linear, linear_gradients
 
 
 def use_lean_mlp(backbone: nn.Module) -> None:
@@ -41,8 +41,8 @@ def is_untouched(layer: nn.Module) -> bool:
     return type(layer) is Linear and "forward" not in vars(layer) and not any(hooks)
 
 
-class LinearOfGelu(torch.autograd.Function):
-    """A linear layer of GELU. Gradients need GELU's input alone, from which its output is computed again."""
+class LinearOfGelu(OneDNNLinear):
+    """A linear layer of GELU. What is kept is GELU's input alone, from which its output is computed again."""
 
     @staticmethod
     def forward(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -58,19 +58,8 @@ class LinearOfGelu(torch.autograd.Function):
         return linear(nn.functional.gelu(inputs), weight.to(inputs.dtype), bias.to(inputs.dtype))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-        """Keeps what the gradients need."""
-        ctx.save_for_backward(*inputs[:2])
-
-    @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of the arguments."""
         inputs, weight = ctx.saved_tensors
-        for_inputs, for_weight, for_bias = ctx.needs_input_grad
-        of_inputs = of_weight = None
-        if for_inputs:
-            of_gelu = linear(gradient, weight.to(gradient.dtype).T)
-            of_inputs = torch.ops.aten.gelu_backward(of_gelu, inputs)
-        if for_weight:
-            of_weight = weight_gradient(gradient, nn.functional.gelu(inputs)).to(weight.dtype)
-        return of_inputs, of_weight, gradient.sum(0).to(weight.dtype) if for_bias else None
+        of_gelu, *others = linear_gradients(gradient, nn.functional.gelu(inputs), weight, ctx.needs_input_grad)
+        return None if of_gelu is None else torch.ops.aten.gelu_backward(of_gelu, inputs), *others
