@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from proscale_hf.postprocessing import panoptic_segmentation
+from proscale_hf.processing.postprocessing import panoptic_segmentation
 
 
 LABELS, QUERIES = 133, 100

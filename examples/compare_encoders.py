@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from demo_scenes import DemoScenes
 from evaluate_demo import measure_panoptic_quality
 from pretrain_backbone import pretrain_backbone
 from safetensors.torch import load_file, save_file
@@ -35,6 +34,7 @@ from transformers import (
     set_seed,
 )
 
+from demo_scenes import DemoScenes
 from proscale_hf import ProScaleMask2FormerForUniversalSegmentation
 from proscale_hf.cost import measure_cost
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo_scenes import SPLITS, STUFF_LABEL_IDS, THING_LABEL_IDS, DemoScenes
 from transformers import AutoModelForUniversalSegmentation
 
 import proscale_hf
+from demo_scenes import SPLITS, STUFF_LABEL_IDS, THING_LABEL_IDS, DemoScenes
 from proscale_hf import ProScaleMask2FormerImageProcessorPil
 from proscale_hf.evaluation.panoptic_quality import VOID, PanopticQuality
 

@@ -8,9 +8,10 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from demo_scenes import ID2LABEL, STUFF_LABEL_IDS, DemoScenes, Scene
 from torch import nn
 from transformers import AutoBackbone, PreTrainedConfig, Trainer, TrainingArguments
+
+from demo_scenes import ID2LABEL, STUFF_LABEL_IDS, DemoScenes, Scene
 
 
 IGNORED = -100

@@ -26,7 +26,7 @@ try:
     from transformers.trainer import TRAINER_STATE_NAME
     from transformers.trainer_utils import get_last_checkpoint
 
-    from proscale_hf.image_io import write_whole
+    from proscale_hf.files.whole import write_whole
     from proscale_hf.training.checkpoint import reading, save_model
     from proscale_hf.training.optimization import count_steps
     from proscale_hf.training.recipe import Recipe, load_recipe

@@ -27,14 +27,14 @@ try:
     from tqdm import tqdm
 
     from proscale_hf.evaluation.evaluator import evaluate
-    from proscale_hf.hub import check_repo_id
+    from proscale_hf.hub.license import check_may_publish
+    from proscale_hf.hub.push import check_repo_id
     from proscale_hf.training import checkpoint, measures
     from proscale_hf.training.batches import training_batches
     from proscale_hf.training.ema import create_ema
     from proscale_hf.training.optimization import count_steps, create_optimizer, create_scheduler, split_batch
     from proscale_hf.training.recipe import Recipe, load_recipe
     from proscale_hf.training.setup import load_datasets, load_model_and_processor, training_set
-    from proscale_hf.weights_license import check_may_publish
 except ModuleNotFoundError as error:
     sys.exit(f'error: {error}; training needs what pip install "proscale-hf[train]" brings')
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from demo_scenes import ID2LABEL, STUFF_LABEL_IDS, DemoScenes, Scene
 from evaluate_demo import measure_panoptic_quality
 from pretrain_backbone import pretrain_backbone
 from transformers import HfArgumentParser, ResNetConfig, Trainer, TrainingArguments, set_seed
 
+from demo_scenes import ID2LABEL, STUFF_LABEL_IDS, DemoScenes, Scene
 from proscale_hf import (
     ProScaleMask2FormerConfig,
     ProScaleMask2FormerForUniversalSegmentation,

@@ -7,28 +7,29 @@ first used, transformers too: that takes seconds, which not every command needs.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .auto_registration import register_with_auto_classes
+from proscale_hf.hub.auto_classes import register_with_auto_classes
+from proscale_hf.version import __version__
 
 
 if TYPE_CHECKING:
-    from .configuration_proscale_mask2former import ProScaleMask2FormerConfig
-    from .image_processing_pil_proscale_mask2former import ProScaleMask2FormerImageProcessorPil
-    from .image_processing_proscale_mask2former import ProScaleMask2FormerImageProcessor
-    from .modeling_proscale_mask2former import (
+    from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
+    from proscale_hf.models.mask2former.image_processing_proscale_mask2former import (
+        ProScaleMask2FormerImageProcessor,
+        ProScaleMask2FormerImageProcessorPil,
+    )
+    from proscale_hf.models.mask2former.modeling_proscale_mask2former import (
         ProScaleMask2FormerForUniversalSegmentation,
         ProScaleMask2FormerModel,
         ProScaleMask2FormerPreTrainedModel,
     )
 
-__version__ = "0.1.0"
-
 LAZY_NAMES = {
-    "ProScaleMask2FormerConfig": "configuration_proscale_mask2former",
-    "ProScaleMask2FormerForUniversalSegmentation": "modeling_proscale_mask2former",
-    "ProScaleMask2FormerModel": "modeling_proscale_mask2former",
-    "ProScaleMask2FormerPreTrainedModel": "modeling_proscale_mask2former",
-    "ProScaleMask2FormerImageProcessor": "image_processing_proscale_mask2former",
-    "ProScaleMask2FormerImageProcessorPil": "image_processing_pil_proscale_mask2former",
+    "ProScaleMask2FormerConfig": "models.mask2former.configuration_proscale_mask2former",
+    "ProScaleMask2FormerForUniversalSegmentation": "models.mask2former.modeling_proscale_mask2former",
+    "ProScaleMask2FormerModel": "models.mask2former.modeling_proscale_mask2former",
+    "ProScaleMask2FormerPreTrainedModel": "models.mask2former.modeling_proscale_mask2former",
+    "ProScaleMask2FormerImageProcessor": "models.mask2former.image_processing_proscale_mask2former",
+    "ProScaleMask2FormerImageProcessorPil": "models.mask2former.image_processing_proscale_mask2former",
 }
 
 __all__ = [
@@ -38,13 +39,14 @@ __all__ = [
     "ProScaleMask2FormerImageProcessorPil",
     "ProScaleMask2FormerModel",
     "ProScaleMask2FormerPreTrainedModel",
+    "__version__",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in LAZY_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{LAZY_NAMES[name]}", __name__), name)
+    return getattr(importlib.import_module(f"{__name__}.{LAZY_NAMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from .configuration_proscale_mask2former import ProScaleMask2FormerConfig
-from .mask_decoder import predict_masks
-from .modeling_proscale_mask2former import (
+from proscale_hf.layers.ms_deform_attn import MultiScaleDeformableAttention
+from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
+from proscale_hf.models.mask2former.mask_decoder import predict_masks
+from proscale_hf.models.mask2former.modeling_proscale_mask2former import (
     ProScaleMask2FormerForUniversalSegmentation,
     ProScaleMask2FormerPreTrainedModel,
 )
-from .ms_deform_attn import MultiScaleDeformableAttention
 
 
 NORM = 5  # estimate for an element

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from proscale_hf import ProScaleMask2FormerImageProcessorPil
-from proscale_hf.data.sources import open_dataset
+from proscale_hf.data.opening import open_dataset
 from proscale_hf.evaluation.coco_files import encode_ids
 
 

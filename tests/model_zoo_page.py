@@ -6,18 +6,17 @@ import tempfile
 from pathlib import Path
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from detectron2_zoo import IMAGE_MODELS, write_configuration  # noqa: E402
-
-from convert.detectron2_config import model_settings, read_config  # noqa: E402
-from proscale_hf import ProScaleMask2FormerConfig  # noqa: E402
-from proscale_hf.cost import measure_cost  # noqa: E402
+from detectron2_zoo import IMAGE_MODELS, write_configuration
+from proscale_hf import ProScaleMask2FormerConfig
+from proscale_hf.convert.detectron2_config import model_settings, read_config
+from proscale_hf.cost import measure_cost
 
 
 PAGE = ROOT / "docs" / "model_zoo.md"
-ZOO = json.loads((ROOT / "proscale_hf" / "data" / "model_zoo.json").read_text())
+ZOO = json.loads((ROOT / "proscale_hf" / "hub" / "model_zoo.json").read_text())
 DATASETS = {  # title, and the height and width that costs are given for
     "coco": ("COCO", (800, 1333)),
     "cityscapes": ("Cityscapes", (1024, 2048)),
@@ -32,7 +31,7 @@ stands for a checkpoint that its authors published. **None of them is on the Hub
 ([conversion](conversion.md)), and give the folder the name.
 
 transformers' Auto classes and pipelines look a name up before this package hears of it; they take what
-`proscale_hf.model_names.resolve` makes of it.
+`proscale_hf.hub.names.resolve` makes of it.
 
 Accuracy is what the authors published for the checkpoint, in percent: [PRO-SCALE]({proscale}),
 in brackets [the paper]({paper}); [Mask2Former]({mask2former}).

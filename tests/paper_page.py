@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from proscale_hf.cli import main  # noqa: E402
-from proscale_hf.paper_tables import paper_rows, to_markdown  # noqa: E402
+from proscale_hf.cli import main
+from proscale_hf.paper.tables import paper_rows, to_markdown
 
 
 PAGE = ROOT / "docs" / "paper.md"

@@ -2,22 +2,17 @@
 
 import json
 import os
-import sys
 import time
-from pathlib import Path
 
 import torch
 import yaml
 from safetensors.torch import load_file
 
+from demo_scenes import DemoScenes, write_scenes
+from paths import EXAMPLES, ROOT
 
-ROOT = Path(__file__).parent.parent
-EXAMPLES = ROOT / "examples"
+
 SCRIPT = EXAMPLES / "train_accelerate.py"
-sys.path.append(str(EXAMPLES))
-
-from demo_scenes import DemoScenes, write_scenes  # noqa: E402
-
 
 TINY = {
     "base": str(EXAMPLES / "configs" / "demo_scenes.yaml"),

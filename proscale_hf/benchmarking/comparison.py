@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
-from .worker import Step, work
-from .workload import Candidate, Workload
+from proscale_hf.benchmarking.worker import Step, work
+from proscale_hf.benchmarking.workload import Candidate, Workload
 
 
 @dataclass

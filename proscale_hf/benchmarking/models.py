@@ -19,12 +19,10 @@ from transformers import (
     SwinConfig,
 )
 
-from .. import (
-    ProScaleMask2FormerConfig,
-    ProScaleMask2FormerForUniversalSegmentation,
-    ProScaleMask2FormerImageProcessor,
-)
-from .workload import Candidate, Workload
+from proscale_hf.benchmarking.workload import Candidate, Workload
+from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
+from proscale_hf.models.mask2former.image_processing_proscale_mask2former import ProScaleMask2FormerImageProcessor
+from proscale_hf.models.mask2former.modeling_proscale_mask2former import ProScaleMask2FormerForUniversalSegmentation
 
 
 def build(candidate: Candidate, workload: Workload) -> tuple[PreTrainedModel, Any]:

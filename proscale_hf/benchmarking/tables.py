@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .comparison import Comparison
-from .workload import Workload
+from proscale_hf.benchmarking.comparison import Comparison
+from proscale_hf.benchmarking.workload import Workload
 
 
 def to_markdown(comparisons: Sequence[Comparison], command: str) -> str:

@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from .workload import Candidate, Workload
+from proscale_hf.benchmarking.workload import Candidate, Workload
 
 
 SAMPLING_INTERVAL = 0.002  # seconds between two looks at the process's memory
@@ -65,7 +65,7 @@ def prepare(candidate: Candidate, workload: Workload) -> Callable[[bool], Step]:
     import torch
     from transformers.utils import logging
 
-    from .models import build
+    from proscale_hf.benchmarking.models import build
 
     logging.set_verbosity_error()
     if workload.threads:

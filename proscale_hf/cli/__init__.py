@@ -6,14 +6,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from .benchmark import add_benchmark_command
-from .choose import add_choose_command
-from .console import CommandError
-from .cost import add_cost_command
-from .evaluate import add_evaluate_command
-from .figure import add_figure_command
-from .first_look import add_first_look_command
-from .segment import add_segment_command
+from proscale_hf.cli.benchmark import add_benchmark_command
+from proscale_hf.cli.choose import add_choose_command
+from proscale_hf.cli.console import CommandError
+from proscale_hf.cli.cost import add_cost_command
+from proscale_hf.cli.evaluate import add_evaluate_command
+from proscale_hf.cli.figure import add_figure_command
+from proscale_hf.cli.first_look import add_first_look_command
+from proscale_hf.cli.segment import add_segment_command
 
 
 class _OneLineParser(argparse.ArgumentParser):

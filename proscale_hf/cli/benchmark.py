@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..benchmarking.workload import BACKBONES, BACKENDS, DTYPES, MODELS, MODES, Candidate, Workload
-from .console import CommandError, progress, user_errors
-from .numbers import image_size
+from proscale_hf.benchmarking.workload import BACKBONES, BACKENDS, DTYPES, MODELS, MODES, Candidate, Workload
+from proscale_hf.cli.console import CommandError, progress, user_errors
+from proscale_hf.cli.numbers import image_size
 
 
 DEFAULT_MODELS = ("proscale:float32:pytorch", "mask2former")
@@ -115,9 +115,9 @@ def run_benchmark(options: argparse.Namespace) -> None:
     Raises:
         CommandError: anything that the user can mend.
     """
-    from ..benchmarking.comparison import compare
-    from ..benchmarking.tables import to_json, to_markdown
-    from ..image_io import check_writable, write_whole
+    from proscale_hf.benchmarking.comparison import compare
+    from proscale_hf.benchmarking.tables import to_json, to_markdown
+    from proscale_hf.files.whole import check_writable, write_whole
 
     with user_errors(exit_code=2):
         candidates = [Candidate.parse(text) for text in options.models or DEFAULT_MODELS]

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..presets import BACKBONES
-from .benchmark import size
-from .console import CommandError, user_errors
-from .device import add_device_options, place_model
-from .evaluate import needed_libraries
-from .loading import load_config
-from .numbers import positive
+from proscale_hf.cli.benchmark import size
+from proscale_hf.cli.console import CommandError, user_errors
+from proscale_hf.cli.device import add_device_options, place_model
+from proscale_hf.cli.evaluate import needed_libraries
+from proscale_hf.cli.loading import load_config
+from proscale_hf.cli.numbers import positive
+from proscale_hf.models.mask2former.presets import BACKBONES
 
 
 LONGEST_TABLE = 20  # rows
@@ -73,9 +73,9 @@ def run_choose(options: argparse.Namespace) -> None:
     if options.gflops is None and options.milliseconds is None:
         raise CommandError("give a budget: --gflops, --milliseconds or both", exit_code=2)
 
-    from ..benchmarking.tables import versions
-    from ..choosing import choose
-    from ..image_io import one_line
+    from proscale_hf.benchmarking.choosing import choose
+    from proscale_hf.benchmarking.tables import versions
+    from proscale_hf.files.text import one_line
 
     config = chosen_config(options)
     devices = []
@@ -104,7 +104,7 @@ def run_choose(options: argparse.Namespace) -> None:
 
 def chosen_config(options: argparse.Namespace) -> Any:
     """The model whose layers are to be chosen."""
-    from .. import ProScaleMask2FormerConfig
+    from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
 
     if options.config is None:
         return ProScaleMask2FormerConfig.from_preset(

@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .console import CommandError, progress, user_errors
-from .evaluate import needed_libraries
-from .loading import load_config
-from .numbers import image_size
+from proscale_hf.cli.console import CommandError, progress, user_errors
+from proscale_hf.cli.evaluate import needed_libraries
+from proscale_hf.cli.loading import load_config
+from proscale_hf.cli.numbers import image_size
 
 
 NOTES = (
@@ -83,7 +83,7 @@ def chosen_config(options: argparse.Namespace) -> Any:
         raise CommandError(f"there is no file {options.config}", exit_code=2)
     if options.preset is None:
         return load_config(options.model or options.config)
-    from .. import ProScaleMask2FormerConfig
+    from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
 
     with user_errors(exit_code=2):
         return ProScaleMask2FormerConfig.from_preset(options.preset)
@@ -91,8 +91,8 @@ def chosen_config(options: argparse.Namespace) -> Any:
 
 def measure(name: str, config: Any, height: int, width: int) -> dict[str, Any]:
     """A record: the model's name, the size and the fields of `Cost`."""
-    from ..cost import measure_cost
-    from ..image_io import one_line
+    from proscale_hf.cost import measure_cost
+    from proscale_hf.files.text import one_line
 
     try:
         with progress(f"counting {height} x {width}"), needed_libraries("timm"):
@@ -104,7 +104,7 @@ def measure(name: str, config: Any, height: int, width: int) -> dict[str, Any]:
 
 def print_paper_tables(text_format: str) -> None:
     """The paper's figures, ours, and the differences."""
-    from ..paper_tables import paper_rows, to_markdown
+    from proscale_hf.paper.tables import paper_rows, to_markdown
 
     with progress("counting the paper's models"), needed_libraries("timm"):
         rows = list(paper_rows())

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from .console import CommandError, user_errors
+from proscale_hf.cli.console import CommandError, user_errors
 
 
 # Their classes, in `data.sources`, need libraries that the help does without.
@@ -50,7 +50,7 @@ def open_chosen_dataset(options: argparse.Namespace, **settings: Any) -> Any:
     try:
         import datasets
 
-        from ..data.sources import open_dataset
+        from proscale_hf.data.opening import open_dataset
     except ImportError as error:
         raise CommandError(f'{error.name} is not installed: pip install "proscale-hf[evaluate]"') from error
 

@@ -4,8 +4,8 @@ import argparse
 import sys
 from typing import Any
 
-from ..benchmarking.workload import DTYPES
-from .console import CommandError
+from proscale_hf.benchmarking.workload import DTYPES
+from proscale_hf.cli.console import CommandError
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +37,8 @@ def place_model(model: Any, options: argparse.Namespace, device: Any = None) -> 
     """
     import torch
 
-    from ..deformable_attention_kernel import PYTORCH
-    from ..image_io import one_line
+    from proscale_hf.files.text import one_line
+    from proscale_hf.layers.kernels import PYTORCH
 
     device = device or options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .console import CommandError, progress, user_errors
-from .dataset_options import add_dataset_options, open_chosen_dataset
-from .device import add_device_options, place_model
-from .loading import load_model
-from .numbers import natural, positive
-from .segment import TASKS
+from proscale_hf.cli.console import CommandError, progress, user_errors
+from proscale_hf.cli.dataset_options import add_dataset_options, open_chosen_dataset
+from proscale_hf.cli.device import add_device_options, place_model
+from proscale_hf.cli.loading import load_model
+from proscale_hf.cli.numbers import natural, positive
+from proscale_hf.cli.segment import TASKS
 
 
 def add_evaluate_command(commands: argparse._SubParsersAction) -> None:
@@ -82,10 +82,10 @@ def run_evaluate(options: argparse.Namespace) -> None:
     with needed_libraries():
         importlib.import_module("pycocotools")  # needed later, when much time would be lost
 
-        from ..evaluation.agreement import choose_tasks
-        from ..evaluation.instance_truth import InstanceAnnotations
-        from ..evaluation.report import to_markdown
-        from ..output_folder import check_new_folder
+        from proscale_hf.evaluation.agreement import choose_tasks
+        from proscale_hf.evaluation.instance_truth import InstanceAnnotations
+        from proscale_hf.evaluation.report import to_markdown
+        from proscale_hf.files.whole import check_new_folder
     if options.output is not None:
         with user_errors(exit_code=2):
             check_new_folder(Path(options.output))
@@ -139,11 +139,11 @@ def measure(
     options: argparse.Namespace, model: Any, image_processor: Any, dataset: Any, accelerator: Any, **settings: Any
 ) -> dict[str, Any]:
     """Evaluates, and writes what `--output` and `--save-predictions` ask for; what the report is made of."""
-    from ..evaluation.coco_files import PredictionFiles, merge_parts
-    from ..evaluation.evaluator import evaluate
-    from ..evaluation.report import write_report
-    from ..image_io import one_line
-    from ..output_folder import folder_written_whole
+    from proscale_hf.evaluation.coco_files import PredictionFiles, merge_parts
+    from proscale_hf.evaluation.evaluator import evaluate
+    from proscale_hf.evaluation.report import write_report
+    from proscale_hf.files.text import one_line
+    from proscale_hf.files.whole import folder_written_whole
 
     rank, is_main = (0, True) if accelerator is None else (accelerator.process_index, accelerator.is_main_process)
     with user_errors(), contextlib.ExitStack() as stack:
@@ -182,8 +182,8 @@ def measure(
 
 def describe(options: argparse.Namespace, model: Any, dataset: Any, accelerator: Any) -> dict[str, Any]:
     """What the numbers depend on."""
-    from .. import __version__
-    from ..benchmarking.tables import versions
+    from proscale_hf import __version__
+    from proscale_hf.benchmarking.tables import versions
 
     words = sys.argv[2:] if sys.argv[1:2] == ["evaluate"] else sys.argv[1:]  # without it: examples/evaluate.py
     processes = {} if accelerator is None else {"processes": str(accelerator.num_processes)}

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .console import CommandError, progress, user_errors
-from .device import add_device_options, place_model
-from .evaluate import needed_libraries
-from .loading import load_config, load_model
-from .numbers import image_size, positive
+from proscale_hf.cli.console import CommandError, progress, user_errors
+from proscale_hf.cli.device import add_device_options, place_model
+from proscale_hf.cli.evaluate import needed_libraries
+from proscale_hf.cli.loading import load_config, load_model
+from proscale_hf.cli.numbers import image_size, positive
 
 
 MODEL_HELP = "a folder, a Hub id or a short name (default: the small demo model that comes with the package)"
@@ -91,7 +91,7 @@ def add_figure(
     Args:
         figures: where to.
         name: of the figure.
-        draw: makes a Pillow image of the parsed command line, with the module of that name in `proscale_hf/figures`.
+        draw: makes a Pillow image of the parsed command line, with the module of that name in `paper/figures`.
         text: what the figure shows.
     """
     parser = figures.add_parser(name, help=text, description=f"Draw {text}.")
@@ -120,7 +120,8 @@ def run_figure(options: argparse.Namespace) -> None:
     Raises:
         CommandError: anything that the user can mend.
     """
-    from ..image_io import check_picture_name, check_writable, save_image
+    from proscale_hf.files.whole import check_writable
+    from proscale_hf.processing.pictures import check_picture_name, save_image
 
     with user_errors(exit_code=2):
         check_picture_name(options.output)
@@ -129,7 +130,7 @@ def run_figure(options: argparse.Namespace) -> None:
     if Path(options.output).resolve() in {Path(path).resolve() for path in read}:
         raise CommandError(f"{options.output} is read and to be written; give --output another name", exit_code=2)
     with needed_libraries("figures"):
-        figure = importlib.import_module(f"..figures.{options.module}", __package__)
+        figure = importlib.import_module(f"proscale_hf.paper.figures.{options.module}")
     with needed_libraries("timm"):  # the backbone's
         picture = options.draw(options, figure)
     with user_errors():
@@ -139,7 +140,7 @@ def run_figure(options: argparse.Namespace) -> None:
 
 def draw_compute_distribution(options: argparse.Namespace, figure: Any) -> Any:
     """Counts each model's cost, and draws it."""
-    from ..cost import measure_cost
+    from proscale_hf.cost import measure_cost
 
     configs = {}
     for text in options.configs:
@@ -152,7 +153,7 @@ def draw_compute_distribution(options: argparse.Namespace, figure: Any) -> Any:
 
 def draw_token_similarity(options: argparse.Namespace, figure: Any) -> Any:
     """Measures token similarity on the images, and draws it."""
-    from ..image_io import load_image
+    from proscale_hf.processing.pictures import load_image
 
     model, image_processor = prepared_model(options.model, options)
     with working("looking at the images"):
@@ -163,7 +164,7 @@ def draw_token_similarity(options: argparse.Namespace, figure: Any) -> Any:
 
 def draw_recalibration(options: argparse.Namespace, figure: Any) -> Any:
     """Runs the model on the images, and draws what recalibration does in it."""
-    from ..image_io import load_image
+    from proscale_hf.processing.pictures import load_image
 
     with user_errors():
         images = [load_image(path) for path in options.images]
@@ -175,7 +176,7 @@ def draw_recalibration(options: argparse.Namespace, figure: Any) -> Any:
 
 def draw_cost_and_quality(options: argparse.Namespace, figure: Any) -> Any:
     """Reads the results, counts GFLOPs that they lack if a size is given, and draws them."""
-    from ..cost import measure_cost
+    from proscale_hf.cost import measure_cost
 
     def count_gflops(model: str) -> float:
         return measure_cost(load_config(model), *options.size).total_gflops
@@ -187,7 +188,7 @@ def draw_cost_and_quality(options: argparse.Namespace, figure: Any) -> Any:
 
 def draw_panoptic_maps(options: argparse.Namespace, figure: Any) -> Any:
     """Runs each model on all images, and puts the maps side by side."""
-    from ..image_io import load_image
+    from proscale_hf.processing.pictures import load_image
 
     with user_errors():
         images = [load_image(path) for path in options.images]
@@ -229,7 +230,7 @@ def prepared_model(name: str | None, options: argparse.Namespace) -> tuple[Any, 
 @contextlib.contextmanager
 def working(message: str) -> Iterator[None]:
     """Says what a model is doing, and why it failed if it does."""
-    from ..image_io import one_line
+    from proscale_hf.files.text import one_line
 
     try:
         with progress(message), user_errors():

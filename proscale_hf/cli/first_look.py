@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .console import CommandError, progress, user_errors
-from .dataset_options import add_dataset_options, open_chosen_dataset
-from .numbers import natural, positive
+from proscale_hf.cli.console import CommandError, progress, user_errors
+from proscale_hf.cli.dataset_options import add_dataset_options, open_chosen_dataset
+from proscale_hf.cli.numbers import natural, positive
 
 
 OVERLAYS = 8
@@ -44,12 +44,12 @@ def run_first_look(options: argparse.Namespace) -> None:
     Raises:
         CommandError: anything that the user can mend, such as images that cannot be used.
     """
-    from ..image_io import check_writable, write_whole
+    from proscale_hf.files.whole import check_writable, write_whole
 
     with progress("opening the data set"):
         dataset = open_chosen_dataset(options)
-    from ..data.first_look import look
-    from ..output_folder import check_new_folder, folder_written_whole
+    from proscale_hf.data.first_look import look
+    from proscale_hf.files.whole import check_new_folder, folder_written_whole
 
     if options.samples is not None:
         dataset = dataset.select(range(min(options.samples, len(dataset))))
@@ -75,10 +75,10 @@ def run_first_look(options: argparse.Namespace) -> None:
 
 def draw_overlays(dataset: Any, number: int, folder: Path) -> int:
     """Draws the first images that can be used with their segments, into PNG files; how many there were."""
-    from ..data.first_look import segments_to_draw
-    from ..data.sample import SampleError
-    from ..image_io import save_image
-    from ..visualization import draw_segments
+    from proscale_hf.data.first_look import segments_to_draw
+    from proscale_hf.data.sample import SampleError
+    from proscale_hf.processing.pictures import save_image
+    from proscale_hf.visualization import draw_segments
 
     colors = {label_id: tuple(category["color"]) for label_id, category in enumerate(dataset.categories)}
     drawn = 0

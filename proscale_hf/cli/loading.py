@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from .console import CommandError, user_errors
+from proscale_hf.cli.console import CommandError, user_errors
 
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
@@ -33,8 +33,8 @@ def load_model(name: str | None) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     import proscale_hf
-    from proscale_hf.auto_registration import image_processor_class
-    from proscale_hf.model_names import resolve
+    from proscale_hf.hub.auto_classes import image_processor_class
+    from proscale_hf.hub.names import resolve
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -109,8 +109,8 @@ def _check_folder(folder: Path) -> None:
 def _explain(source: str, is_folder: bool, error: Exception) -> str:
     from safetensors import SafetensorError
 
-    from ..hub import explain
-    from ..model_names import NotOnTheHubError
+    from proscale_hf.hub.errors import explain
+    from proscale_hf.hub.names import NotOnTheHubError
 
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300].rstrip(".")
     if isinstance(error, SafetensorError):
@@ -131,9 +131,9 @@ def load_config(name: str) -> Any:
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
-    from .. import ProScaleMask2FormerConfig
-    from ..image_io import one_line
-    from ..presets import PRESETS
+    from proscale_hf.files.text import one_line
+    from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
+    from proscale_hf.models.mask2former.presets import PRESETS
 
     hub_logging.set_verbosity_error()  # not each attempt to reach the Hub
     transformers_logging.set_verbosity_error()  # nor that the type is another one, which is said below

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .console import CommandError, progress, user_errors
-from .device import add_device_options, place_model
-from .loading import load_model
+from proscale_hf.cli.console import CommandError, progress, user_errors
+from proscale_hf.cli.device import add_device_options, place_model
+from proscale_hf.cli.loading import load_model
 
 
 TASKS = ("panoptic", "instance", "semantic")
@@ -52,8 +52,9 @@ def run_segment(options: argparse.Namespace) -> None:
     Raises:
         CommandError: anything that the user can mend.
     """
-    from ..image_io import check_picture_name, check_writable, load_image, save_image, write_whole
-    from ..visualization import draw_segments
+    from proscale_hf.files.whole import check_writable, write_whole
+    from proscale_hf.processing.pictures import check_picture_name, load_image, save_image
+    from proscale_hf.visualization import draw_segments
 
     output = Path(options.output or f"{Path(options.photo).stem}_segmented.png")
     targets = [output] if options.json is None else [output, Path(options.json)]
@@ -98,7 +99,7 @@ def segment_image(image: Any, model: Any, processor: Any, task: str) -> list[Any
     """
     import torch
 
-    from ..visualization import segments_from_label_map, segments_from_result
+    from proscale_hf.visualization import segments_from_label_map, segments_from_result
 
     try:
         inputs = processor(images=[image], return_tensors="pt").to(model.device)

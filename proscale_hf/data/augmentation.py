@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers.image_utils import SizeDict
 
-from ..image_processing_common import resized_size
+from proscale_hf.processing.sizes import resized_size
 
 
 try:

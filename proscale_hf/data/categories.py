@@ -21,7 +21,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..configuration_proscale_mask2former import check_categories
+from proscale_hf.processing.categories import check_categories
 
 
 FOLDER = Path(__file__).with_name("categories")

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..packed_masks import present_objects, select_objects
-from .sample import Sample
+from proscale_hf.data.sample import Sample
+from proscale_hf.processing.packed_masks import present_objects, select_objects
 
 
 class TrainingTransform:

@@ -9,9 +9,9 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..visualization import Segment, segments_from_result
-from .sample import Sample, SampleError
-from .source import SegmentationDataset
+from proscale_hf.data.dataset import SegmentationDataset
+from proscale_hf.data.sample import Sample, SampleError
+from proscale_hf.visualization import Segment, segments_from_result
 
 
 NAMED = 10  # files that a report names of each kind

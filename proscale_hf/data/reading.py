@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ..image_io import load_image, one_line
-from ..image_pixels import read_pixels
-from .sample import VOID, SampleError, distinct_values, few
+from proscale_hf.data.sample import VOID, SampleError, distinct_values
+from proscale_hf.files.text import few, one_line
+from proscale_hf.processing.pictures import load_image
+from proscale_hf.processing.pixels import read_pixels
 
 
 VALUE_MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # Pillow's single-channel pictures of whole numbers

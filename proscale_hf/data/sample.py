@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..packed_masks import number_of_planes, pack_segment_map
+from proscale_hf.files.text import few
+from proscale_hf.processing.packed_masks import number_of_planes, pack_segment_map
 
 
 VOID = 0  # in segment maps: pixels that nobody labelled
-FEW = 10  # ids that an error message lists
 
 
 class SampleError(ValueError):
@@ -140,13 +140,6 @@ def distinct_values(values: np.ndarray) -> np.ndarray:
         return flat
     starts = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     return np.unique(flat[np.concatenate(([0], starts))])
-
-
-def few(values: Any) -> str:
-    """Ids for a message: sorted, numbers before texts, the first ten."""
-    values = sorted(values, key=lambda value: (isinstance(value, str), value))
-    shown = ", ".join(str(value) for value in values[:FEW])
-    return f"[{shown}, ...]" if len(values) > FEW else f"[{shown}]"
 
 
 def _times(size: Any) -> str:

@@ -3,8 +3,8 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..data.sample import few
-from ..data.source import SegmentationDataset
+from proscale_hf.data.dataset import SegmentationDataset
+from proscale_hf.files.text import few
 
 
 TASKS = ("panoptic", "instance", "semantic")

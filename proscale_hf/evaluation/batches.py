@@ -6,8 +6,8 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..data.sample import Sample, SampleError
-from ..data.source import SegmentationDataset
+from proscale_hf.data.dataset import SegmentationDataset
+from proscale_hf.data.sample import Sample, SampleError
 
 
 class BatchShare:

@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from ..data.sample import Sample
-from ..output_folder import writing
+from proscale_hf.data.sample import Sample
+from proscale_hf.files.whole import writing
 
 
 try:

@@ -20,15 +20,15 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..data.sample import Sample, SampleError
-from ..data.source import SegmentationDataset
-from .agreement import TASKS, check_tasks, choose_tasks, match_labels
-from .average_precision import MaskAveragePrecision
-from .batches import BatchShare, Preparation, ReadableSamples
-from .coco_files import PredictionFiles
-from .instance_truth import InstanceAnnotations, ThingSegments
-from .mean_iou import MeanIoU
-from .panoptic_quality import PanopticQuality
+from proscale_hf.data.dataset import SegmentationDataset
+from proscale_hf.data.sample import Sample, SampleError
+from proscale_hf.evaluation.agreement import TASKS, check_tasks, choose_tasks, match_labels
+from proscale_hf.evaluation.average_precision import MaskAveragePrecision
+from proscale_hf.evaluation.batches import BatchShare, Preparation, ReadableSamples
+from proscale_hf.evaluation.coco_files import PredictionFiles
+from proscale_hf.evaluation.instance_truth import InstanceAnnotations, ThingSegments
+from proscale_hf.evaluation.mean_iou import MeanIoU
+from proscale_hf.evaluation.panoptic_quality import PanopticQuality
 
 
 VOID_LABEL = -1

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.coco import CocoInstance
-from ..data.sample import Sample, SampleError, few
-from ..data.source import SegmentationDataset
-from .coco_files import coco_mask, encode_mask
+from proscale_hf.data.dataset import SegmentationDataset
+from proscale_hf.data.sample import Sample, SampleError
+from proscale_hf.data.sources.coco import CocoInstance
+from proscale_hf.evaluation.coco_files import coco_mask, encode_mask
+from proscale_hf.files.text import few
 
 
 class ThingSegments:

@@ -6,7 +6,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from ..image_io import write_whole
+from proscale_hf.files.whole import write_whole
 
 
 MEASURES = {

@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from ..data.collate import TransformedDataset, collate
-from .recipe import Recipe
+from proscale_hf.data.collate import TransformedDataset, collate
+from proscale_hf.training.recipe import Recipe
 
 
 def training_batches(

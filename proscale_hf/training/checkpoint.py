@@ -21,7 +21,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from ..image_io import one_line
+from proscale_hf.files.text import one_line
 
 
 FOLDER = "checkpoints"

@@ -27,7 +27,7 @@ try:
 except ImportError as error:
     raise ImportError('training needs accelerate: pip install "proscale-hf[train]"') from error
 
-from ..evaluation.report import MEASURES
+from proscale_hf.evaluation.report import MEASURES
 
 
 LOSS_TERMS = ("loss_cross_entropy", "loss_mask", "loss_dice")

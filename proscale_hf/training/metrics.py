@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data.sample import VOID, Sample
-from ..evaluation.coco_files import encode_mask
-from ..evaluation.evaluator import Evaluator
-from ..packed_masks import unpack_masks
-from .measures import headline
+from proscale_hf.data.sample import VOID, Sample
+from proscale_hf.evaluation.coco_files import encode_mask
+from proscale_hf.evaluation.evaluator import Evaluator
+from proscale_hf.processing.packed_masks import unpack_masks
+from proscale_hf.training.measures import headline
 
 
 OUTPUT_NAMES = ("class_queries_logits", "masks_queries_logits", "image_sizes")

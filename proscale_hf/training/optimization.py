@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from .recipe import OptimizationSection, RecipeError
+from proscale_hf.training.recipe import OptimizationSection, RecipeError
 
 
 BACKBONE = "model.pixel_level_module.encoder."

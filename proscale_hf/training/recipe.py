@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..configuration_proscale_mask2former import ProScaleMask2FormerConfig
-from ..presets import preset_settings
+from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
+from proscale_hf.models.mask2former.presets import preset_settings
 
 
 try:
@@ -41,11 +41,11 @@ class ModelSection:
     """
     Attributes:
         pretrained: model to start from (folder, Hub id or short name); a new one if not given.
-        preset: a new model's configuration by name, see `proscale_hf/presets.py`; that of PRO-SCALE (3, 3, 3) with
-            Swin-T if not given.
+        preset: a new model's configuration by name, see `models/mask2former/presets.py`; that of PRO-SCALE
+            (3, 3, 3) with Swin-T if not given.
         config: fields of `ProScaleMask2FormerConfig`, merged over the preset's or the pretrained model's.
         backbone: weights for a new model's backbone: a transformers or timm model (folder or Hub id), or a folder that
-            has the backbone of a PRO-SCALE model, as `convert.detectron2` writes it. Random if not given.
+            has the backbone of a PRO-SCALE model, as the converter writes it. Random if not given.
     """
 
     pretrained: str | None = None
@@ -58,7 +58,7 @@ class ModelSection:
 class DataSection:
     """
     Attributes:
-        train: `name` and options of a data set, as `proscale_hf.data.sources.open_dataset` takes them.
+        train: `name` and options of a data set, as `proscale_hf.data.opening.open_dataset` takes them.
         validation: the same; no evaluation if not given.
         on_error: what a corrupt image or annotation does: `"raise"` stops, `"skip"` takes the next one and counts.
     """

@@ -12,18 +12,18 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
-from .. import ProScaleMask2FormerForUniversalSegmentation
-from ..auto_registration import image_processor_class
-from ..configuration_proscale_mask2former import ProScaleMask2FormerConfig
-from ..data.augmentation import build_augmentation
-from ..data.collate import TrainingTransform, TransformedDataset
-from ..data.source import SegmentationDataset
-from ..data.sources import open_dataset
-from ..evaluation.evaluator import choose_tasks
-from ..image_io import one_line
-from ..model_names import resolved
-from ..presets import preset_settings
-from .recipe import Recipe, RecipeError, check_known, merged
+from proscale_hf.data.augmentation import build_augmentation
+from proscale_hf.data.collate import TrainingTransform, TransformedDataset
+from proscale_hf.data.dataset import SegmentationDataset
+from proscale_hf.data.opening import open_dataset
+from proscale_hf.evaluation.evaluator import choose_tasks
+from proscale_hf.files.text import one_line
+from proscale_hf.hub.auto_classes import image_processor_class
+from proscale_hf.hub.names import resolved
+from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
+from proscale_hf.models.mask2former.modeling_proscale_mask2former import ProScaleMask2FormerForUniversalSegmentation
+from proscale_hf.models.mask2former.presets import preset_settings
+from proscale_hf.training.recipe import Recipe, RecipeError, check_known, merged
 
 
 logger = logging.getLogger(__name__)

@@ -19,15 +19,15 @@ try:
 except ImportError as error:
     raise ImportError('training needs accelerate: pip install "proscale-hf[train]"') from error
 
-from ..data.collate import collate
-from ..evaluation.agreement import choose_tasks
-from ..evaluation.evaluator import evaluate
-from .checkpoint import flush, reading, writing
-from .ema import create_ema
-from .measures import BEST_BY, Averages, count_faults, loss_terms
-from .metrics import summary
-from .optimization import create_optimizer, create_scheduler, split_batch
-from .recipe import OptimizationSection, Recipe
+from proscale_hf.data.collate import collate
+from proscale_hf.evaluation.agreement import choose_tasks
+from proscale_hf.evaluation.evaluator import evaluate
+from proscale_hf.training.checkpoint import flush, reading, writing
+from proscale_hf.training.ema import create_ema
+from proscale_hf.training.measures import BEST_BY, Averages, count_faults, loss_terms
+from proscale_hf.training.metrics import summary
+from proscale_hf.training.optimization import create_optimizer, create_scheduler, split_batch
+from proscale_hf.training.recipe import OptimizationSection, Recipe
 
 
 UNFINISHED = ".unfinished"  # where a checkpoint is written; `Trainer` takes nothing in it for a checkpoint

@@ -76,8 +76,8 @@ def test_older_loaders_find_the_package_inside(variant):
 
 def layers_of_models():
     modeling = pytest.importorskip("transformers.models.deformable_detr.modeling_deformable_detr")
-    pytest.importorskip("proscale_hf.ms_deform_attn")
-    from proscale_hf import ms_deform_attn
+    pytest.importorskip("proscale_hf.layers.ms_deform_attn")
+    from proscale_hf.layers import ms_deform_attn
 
     return [
         modeling.MultiScaleDeformableAttention,

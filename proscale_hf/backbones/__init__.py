@@ -1,0 +1,1 @@
+"""Backbones of transformers and timm, loaded and made faster."""

@@ -1,0 +1,65 @@
+"""transformers' Swin in training: its feed-forward blocks keep half as much for the backward pass.
+
+A linear layer keeps its input, here what GELU gave, and GELU keeps its own: the largest tensors of the backbone, twice.
+One of them is enough, GELU is cheap to do again.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import GELUActivation
+from transformers.models.swin.modeling_swin import SwinMLP
+
+from proscale_hf.layers.linear import Linear, OneDNNLinear, linear, linear_gradients
+
+
+def use_lean_mlp(backbone: nn.Module) -> None:
+    """Make the feed-forward blocks of transformers' Swin, wherever they are in a module, those of this file."""
+    for module in backbone.modules():
+        if type(module) is SwinMLP:
+            module.__class__ = LeanSwinMLP
+
+
+class LeanSwinMLP(SwinMLP):
+    """transformers' `SwinMLP`."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens, channels) -> the same."""
+        is_gelu = type(self.activation_fn) is GELUActivation and self.activation_fn.act is nn.functional.gelu
+        is_followed = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if not (torch.is_grad_enabled() and is_gelu and is_untouched(self.fc2)) or is_followed:
+            return super().forward(hidden_states)
+        expanded = self.fc1(hidden_states)
+        output = LinearOfGelu.apply(expanded.flatten(0, -2), self.fc2.weight, self.fc2.bias)
+        return output.unflatten(0, expanded.shape[:-1])
+
+
+def is_untouched(layer: nn.Module) -> bool:
+    """Whether calling it is no more than its weights' product: no adapter, hook or quantisation has been put on it."""
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    return type(layer) is Linear and "forward" not in vars(layer) and not any(hooks)
+
+
+class LinearOfGelu(OneDNNLinear):
+    """A linear layer of GELU. What is kept is GELU's input alone, from which its output is computed again."""
+
+    @staticmethod
+    def forward(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            inputs: (rows, in_features).
+            weight: (out_features, in_features); under autocast of another type than the inputs.
+            bias: (out_features,).
+
+        Returns:
+            (rows, out_features), of the inputs' type.
+        """
+        return linear(nn.functional.gelu(inputs), weight.to(inputs.dtype), bias.to(inputs.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of the arguments."""
+        inputs, weight = ctx.saved_tensors
+        of_gelu, *others = linear_gradients(gradient, nn.functional.gelu(inputs), weight, ctx.needs_input_grad)
+        return None if of_gelu is None else torch.ops.aten.gelu_backward(of_gelu, inputs), *others

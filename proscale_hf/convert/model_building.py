@@ -1,0 +1,53 @@
+"""Builds a model around tensors that exist already, so that its weights are in memory only once."""
+
+import torch
+import transformers
+from torch import Tensor
+
+from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
+from proscale_hf.models.mask2former.modeling_proscale_mask2former import ProScaleMask2FormerForUniversalSegmentation
+
+
+def expected_tensors(config: ProScaleMask2FormerConfig) -> dict[str, Tensor]:
+    """Names, shapes and types of a model's state dict, as tensors on the meta device."""
+    with torch.device("meta"):
+        return ProScaleMask2FormerForUniversalSegmentation(config).state_dict()
+
+
+def to_float32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Replace floating-point tensors of other types, one by one: each is freed before the next is converted."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            tensors[name] = tensor.float()
+    return tensors
+
+
+def build_model(
+    config: ProScaleMask2FormerConfig, state: dict[str, Tensor]
+) -> ProScaleMask2FormerForUniversalSegmentation:
+    """
+    Build a model whose weights are the given tensors themselves wherever that is possible.
+
+    Args:
+        config: The model's configuration.
+        state: Part of the model's state dict, or all of it, in float32. Emptied, so that a tensor is freed as soon
+            as its parts are tensors of their own. Tensors on the meta device count as absent.
+
+    Returns:
+        The model in evaluation mode. What is absent is initialised as in a new model.
+    """
+    own = {name: _of_its_own(state.pop(name)) for name in list(state)}
+    own = {name: tensor for name, tensor in own.items() if not tensor.is_meta}
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # the caller knows what is absent
+    try:
+        return ProScaleMask2FormerForUniversalSegmentation.from_pretrained(
+            None, config=config, state_dict=own, dtype=torch.float32
+        )
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _of_its_own(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it if it is a part of a larger one."""
+    return tensor if tensor.nbytes == tensor.untyped_storage().nbytes() else tensor.clone()

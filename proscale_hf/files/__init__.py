@@ -1,0 +1,1 @@
+"""Files and lines of text: written whole or not at all, and kept short."""

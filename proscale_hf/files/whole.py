@@ -1,0 +1,103 @@
+"""Files and folders that appear when they are complete, or not at all."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from proscale_hf.files.text import one_line
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[Path]:
+    """Turns what goes wrong with a file into a ValueError that names it."""
+    try:
+        yield Path(path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {one_line(error)}") from error
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raises a ValueError unless a folder of that name can be made; an empty one may be there."""
+    if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
+        raise ValueError(f"{folder} is there already; choose another folder, or remove it first.")
+    nearest = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder} cannot be made: {nearest} is no folder that may be written to.")
+
+
+@contextlib.contextmanager
+def folder_written_whole(folder: Path, accelerator: Any = None) -> Iterator[Path]:
+    """A temporary folder that gets its name when all is written, and is removed when that fails.
+
+    Args:
+        folder: where the finished folder goes.
+        accelerator: if several processes write into the folder; each must call this.
+
+    Raises:
+        ValueError: the folder is there already, or cannot be made.
+    """
+    check_new_folder(folder)
+    is_main = accelerator is None or accelerator.is_main_process
+    names = [""]
+    if is_main:
+        with writing(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            names = [tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent)]
+    if accelerator is not None:
+        from accelerate.utils import broadcast_object_list
+
+        names = broadcast_object_list(names)
+    unfinished = Path(names[0])
+    try:
+        yield unfinished
+        if is_main:
+            with writing(folder):
+                unfinished.chmod(0o755)
+                unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Finds out before a long computation whether a file can be written to `path`.
+
+    Raises:
+        ValueError: it cannot; the message says why.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a file name to write to")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file; give another name to write to")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} to write {path.name} into; create it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"the folder {path.parent} may not be written to; choose another place for {path.name}")
+
+
+def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
+    """Calls `write` on a temporary file beside `path`, then renames it, so that no half-written file can be left.
+
+    Args:
+        path: where the finished file goes; a file of that name is replaced.
+        write: puts the content into the binary file it is given.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    target = Path(os.path.realpath(path))  # a link stays a link, its target is what is replaced
+    temporary = target.with_name(f".{target.name[:100]}.{os.getpid()}.partial")
+    try:
+        with open(temporary, "xb") as file:
+            write(file)
+        os.replace(temporary, target)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot write {path}: {one_line(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -1,0 +1,1 @@
+"""What leaves with a model and comes back: code, card, names, upload, registration with transformers."""

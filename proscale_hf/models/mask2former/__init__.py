@@ -1,0 +1,1 @@
+"""Mask2Former with PRO-SCALE: panoptic, instance and semantic segmentation."""

@@ -1,0 +1,122 @@
+"""Backbone and pixel decoder, for batches whose images have different sizes.
+
+Padding is kept out by not computing it: images are grouped by the size they would be padded to alone, each group
+passes through at that size, and the results are put together again. This holds for any backbone, and needs no masks.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.backbone_utils import load_backbone
+from transformers.utils import ModelOutput
+
+from proscale_hf.backbones.mvit_windows import use_hybrid_windows
+from proscale_hf.backbones.swin_mlp import use_lean_mlp
+from proscale_hf.backbones.swin_strips import use_strips
+from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
+from proscale_hf.models.mask2former.pixel_decoder import PixelDecoder
+
+
+@dataclass
+class PixelLevelModuleOutput(ModelOutput):
+    """
+    Attributes:
+        backbone_maps: (batch, channels, height, width) each, fine to coarse.
+        multi_scale_features: (batch, feature_size, height, width) each, coarse to fine.
+        mask_features: (batch, mask_feature_size, height / 4, width / 4), or at the finest stride there is.
+    """
+
+    backbone_maps: tuple[torch.Tensor, ...] | None = None
+    multi_scale_features: tuple[torch.Tensor, ...] | None = None
+    mask_features: torch.Tensor | None = None
+
+
+class PixelLevelModule(nn.Module):
+    """Backbone and pixel decoder.
+
+    Args:
+        config: the model's configuration.
+    """
+
+    def __init__(self, config: ProScaleMask2FormerConfig):
+        super().__init__()
+        self.strides = tuple(config.feature_strides)
+        self.encoder_strides = config.encoder_strides
+        self.encoder = load_backbone(config)
+        use_hybrid_windows(self.encoder)
+        use_strips(self.encoder)
+        use_lean_mlp(self.encoder)
+        if len(self.encoder.channels) != len(self.strides):
+            raise ValueError(
+                f"The backbone gives {len(self.encoder.channels)} feature maps, but `feature_strides` names "
+                f"{len(self.strides)}: set `out_features` or `out_indices` in `backbone_config`."
+            )
+        self.decoder = PixelDecoder(config, self.encoder.channels)
+        self.freeze_batch_norm = config.freeze_backbone_batch_norm
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "PixelLevelModule":
+        """Frozen batch norms stay in evaluation mode and without gradient (loading weights replaces parameters).
+
+        The norm that Swin has for its classifier is without gradient too: it is not used here, and several processes
+        that train would wait for its gradient.
+        """
+        super().train(mode)
+        for name, parameter in self.encoder.named_parameters():
+            if name.startswith("swin.layernorm."):
+                parameter.requires_grad_(False)
+        if self.freeze_batch_norm:
+            for module in self.encoder.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval().requires_grad_(False)
+        return self
+
+    def forward(
+        self, pixel_values: torch.Tensor, padded_sizes: list[tuple[int, int]] | None = None
+    ) -> PixelLevelModuleOutput:
+        """
+        Args:
+            pixel_values: (batch, channels, height, width).
+            padded_sizes: (height, width) that each image would be padded to if it were alone. Images are then
+                processed at that size, those of one size together, so that nothing depends on the batch's padding.
+
+        Returns:
+            Maps of the whole batch. Beyond an image's own size they hold zeros, but for the per-pixel embedding:
+            there the border repeats, so that resizing the masks sees an edge where the image alone has its edge.
+        """
+        height, width = pixel_values.shape[-2:]
+        if padded_sizes is None or set(padded_sizes) == {(height, width)}:
+            return self.run(pixel_values)
+
+        order, outputs = [], []
+        for size in sorted(set(padded_sizes)):
+            members = [i for i, other in enumerate(padded_sizes) if other == size]
+            order.extend(members)
+            outputs.append(self.run(pixel_values[members, :, : size[0], : size[1]]))
+        place = torch.tensor(order, device=pixel_values.device).argsort()
+
+        def batched(maps: list[torch.Tensor], stride: int, mode: str = "constant") -> torch.Tensor:
+            target = math.ceil(height / stride), math.ceil(width / stride)
+            return torch.cat([pad_map(feature_map, target, mode) for feature_map in maps])[place]
+
+        fine_to_coarse = zip(*(o.backbone_maps for o in outputs), strict=True)
+        coarse_to_fine = zip(*(o.multi_scale_features for o in outputs), strict=True)
+        return PixelLevelModuleOutput(
+            backbone_maps=tuple(map(batched, fine_to_coarse, self.strides)),
+            multi_scale_features=tuple(map(batched, coarse_to_fine, self.encoder_strides)),
+            mask_features=batched([o.mask_features for o in outputs], self.strides[0], mode="replicate"),
+        )
+
+    def run(self, pixel_values: torch.Tensor) -> PixelLevelModuleOutput:
+        """Backbone and pixel decoder for images of one size."""
+        backbone_maps = tuple(self.encoder(pixel_values).feature_maps)
+        decoded = self.decoder(backbone_maps)
+        return PixelLevelModuleOutput(backbone_maps, decoded.multi_scale_features, decoded.mask_features)
+
+
+def pad_map(feature_map: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
+    """Pad a (batch, channels, height, width) map at the bottom and right to `size`."""
+    height, width = feature_map.shape[-2:]
+    return nn.functional.pad(feature_map, (0, size[1] - width, 0, size[0] - height), mode=mode)

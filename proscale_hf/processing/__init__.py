@@ -1,0 +1,1 @@
+"""Pixels, sizes, labels and results: pure functions, without a model."""
