@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
+from proscale_hf.encoders.configuration import EncoderConfig
 from proscale_hf.layers.deformable_encoder import DeformableEncoderLayer, TokenGrid, maps_to_tokens, tokens_to_maps
-from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
 
 
 class Mask2FormerEncoder(nn.Module):
@@ -14,7 +14,7 @@ class Mask2FormerEncoder(nn.Module):
         config: the model's configuration.
     """
 
-    def __init__(self, config: ProScaleMask2FormerConfig):
+    def __init__(self, config: EncoderConfig):
         super().__init__()
         num_levels = len(config.encoder_strides)
         self.layers = nn.ModuleList(DeformableEncoderLayer(config, num_levels) for _ in range(config.encoder_layers))

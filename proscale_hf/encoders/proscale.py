@@ -9,8 +9,9 @@ import itertools
 import torch
 from torch import nn
 
+from proscale_hf.encoders.configuration import EncoderConfig
 from proscale_hf.layers.deformable_encoder import DeformableEncoderLayer, TokenGrid, maps_to_tokens, tokens_to_maps
-from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
+from proscale_hf.layers.linear import Linear
 
 
 class ProScaleEncoder(nn.Module):
@@ -20,7 +21,7 @@ class ProScaleEncoder(nn.Module):
         config: the model's configuration.
     """
 
-    def __init__(self, config: ProScaleMask2FormerConfig):
+    def __init__(self, config: EncoderConfig):
         super().__init__()
         stage_ends = list(itertools.accumulate(config.encoder_stage_layers))
         self.stages = list(itertools.pairwise([0, *stage_ends]))  # first and last + 1 layer of each stage
@@ -73,15 +74,13 @@ class TokenRecalibration(nn.Module):
         config: the model's configuration.
     """
 
-    def __init__(self, config: ProScaleMask2FormerConfig):
+    def __init__(self, config: EncoderConfig):
         super().__init__()
         self.temperature = config.token_recalibration_temperature
         self.layout = config.token_recalibration_layout
         self.is_convolution = config.token_recalibration == "conv"
         self.projection = (
-            nn.Conv2d(config.feature_size, 1, kernel_size=1)
-            if self.is_convolution
-            else nn.Linear(config.feature_size, 1)
+            nn.Conv2d(config.feature_size, 1, kernel_size=1) if self.is_convolution else Linear(config.feature_size, 1)
         )
 
     def forward(self, coarse: torch.Tensor, finest: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from proscale_hf.encoders.configuration import EncoderConfig
 from proscale_hf.layers.attention import SelfAttention
-from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
+from proscale_hf.layers.linear import Linear
 
 
 BLOCKS_OF_A_FUSION = 3
@@ -28,7 +29,7 @@ class RTEncoder(nn.Module):
         config: the model's configuration.
     """
 
-    def __init__(self, config: ProScaleMask2FormerConfig):
+    def __init__(self, config: EncoderConfig):
         super().__init__()
         channels = config.feature_size
         steps = [coarse // fine for coarse, fine in itertools.pairwise(config.encoder_strides)]  # coarse to fine
@@ -75,13 +76,13 @@ class IntraScaleLayer(GradientCheckpointingLayer):
         config: the model's configuration.
     """
 
-    def __init__(self, config: ProScaleMask2FormerConfig):
+    def __init__(self, config: EncoderConfig):
         super().__init__()
         channels = config.feature_size
-        self.self_attn = SelfAttention(config, channels)
+        self.self_attn = SelfAttention(config, channels, config.num_attention_heads, config.dropout)
         self.self_attn_layer_norm = nn.LayerNorm(channels)
-        self.fc1 = nn.Linear(channels, config.encoder_feedforward_dim)
-        self.fc2 = nn.Linear(config.encoder_feedforward_dim, channels)
+        self.fc1 = Linear(channels, config.encoder_feedforward_dim)
+        self.fc2 = Linear(config.encoder_feedforward_dim, channels)
         self.final_layer_norm = nn.LayerNorm(channels)
         self.dropout = nn.Dropout(config.dropout)
 

@@ -34,8 +34,10 @@ def register_with_auto_classes() -> None:
 
 def register_configuration(configuration_module: ModuleType) -> None:
     """Let `AutoConfig` find the configuration."""
+    from transformers import AutoConfig
+
     config_class = configuration_module.ProScaleMask2FormerConfig
-    configuration_module.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
 
 def register_models(auto_module: ModuleType) -> None:

@@ -1,27 +1,34 @@
-"""Attention among queries or the tokens of a map, in heads, by the implementation that the configuration names."""
+"""Attention among queries, or among the tokens of a map, by the implementation that the configuration names."""
+
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
+from proscale_hf.layers.linear import Linear
 
 
 class SelfAttention(nn.Module):
     """Queries, or the tokens of a map, attend to each other.
 
     Args:
-        config: the model's configuration.
+        config: the model's; transformers notes there which implementation of attention to take.
         channels: of the queries or tokens.
+        num_heads: attention heads.
+        dropout: probability for an attention weight.
     """
 
-    def __init__(self, config: ProScaleMask2FormerConfig, channels: int):
+    def __init__(self, config: PreTrainedConfig, channels: int, num_heads: int, dropout: float):
         super().__init__()
         self.config = config
-        self.q_proj = nn.Linear(channels, channels)
-        self.k_proj = nn.Linear(channels, channels)
-        self.v_proj = nn.Linear(channels, channels)
-        self.out_proj = nn.Linear(channels, channels)
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.q_proj = Linear(channels, channels)
+        self.k_proj = Linear(channels, channels)
+        self.v_proj = Linear(channels, channels)
+        self.out_proj = Linear(channels, channels)
 
     def forward(
         self, hidden_states: torch.Tensor, positions: torch.Tensor, output_attentions: bool = False
@@ -52,7 +59,7 @@ def multi_head_attention(
     """Split into heads and attend with the configured implementation; eagerly where the weights are wanted.
 
     Args:
-        module: the attention module, for its configuration and training flag.
+        module: the attention module, with `config`, `num_heads` and `dropout`.
         query: (batch, queries, channels).
         key: (batch, tokens, channels).
         value: (batch, tokens, channels).
@@ -62,12 +69,11 @@ def multi_head_attention(
     Returns:
         (batch, queries, channels), and the weights (batch, heads, queries, tokens) or None.
     """
-    config = module.config
     query, key, value = (
-        x.unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2)  # (batch, heads, length, head_dim)
+        x.unflatten(-1, (module.num_heads, -1)).transpose(1, 2)  # (batch, heads, length, head_dim)
         for x in (query, key, value)
     )
-    implementation = "eager" if output_attentions else config._attn_implementation
+    implementation = "eager" if output_attentions else module.config._attn_implementation
     attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
     output, weights = attention_function(
         module,
@@ -75,7 +81,7 @@ def multi_head_attention(
         key,
         value,
         attend,
-        dropout=config.dropout if module.training else 0.0,
+        dropout=module.dropout if module.training else 0.0,
         scaling=query.shape[-1] ** -0.5,
         is_causal=False,
     )
@@ -90,7 +96,7 @@ def eager_attention(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out, in transformers' interface; heads first in, (batch, queries, heads, head_dim) out."""
     logits = query @ key.transpose(-2, -1) * scaling

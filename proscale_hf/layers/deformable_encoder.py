@@ -76,8 +76,8 @@ class DeformableSelfAttention(nn.Module):
         self.num_points = num_points
         self.sampling_offsets = SamplingOffsets(embed_dim, num_heads, num_levels, num_points)
         self.attention_weights = AttentionLogits(embed_dim, num_heads * num_levels * num_points)
-        self.value_proj = nn.Linear(embed_dim, embed_dim)
-        self.output_proj = nn.Linear(embed_dim, embed_dim)
+        self.value_proj = Linear(embed_dim, embed_dim)
+        self.output_proj = Linear(embed_dim, embed_dim)
         self.attention = FusedMultiScaleDeformableAttention()
 
     def forward(
@@ -115,11 +115,11 @@ class SamplingOffsets(Linear):
     """Offsets in pixels for each head, level and point; at first each head looks along its own direction."""
 
     def __init__(self, embed_dim: int, num_heads: int, num_levels: int, num_points: int):
-        super().__init__(embed_dim, num_heads * num_levels * num_points * 2)
         self.shape = (num_heads, num_levels, num_points, 2)
+        super().__init__(embed_dim, num_heads * num_levels * num_points * 2)
 
     @torch.no_grad()
-    def reset_parameters_to_ring(self) -> None:
+    def reset_parameters(self) -> None:
         """No dependence on the token, and point p of head h at p + 1 pixels in the h-th of evenly spread directions."""
         num_heads, num_levels, num_points, _ = self.shape
         angles = torch.arange(num_heads, dtype=torch.float32) * (2 * math.pi / num_heads)
@@ -133,6 +133,11 @@ class SamplingOffsets(Linear):
 
 class AttentionLogits(Linear):
     """Logits of the attention weights; zero at first, so that all points count alike."""
+
+    def reset_parameters(self) -> None:
+        """Zeros."""
+        init.zeros_(self.weight)
+        init.zeros_(self.bias)
 
 
 class DeformableEncoderLayer(GradientCheckpointingLayer):
@@ -150,8 +155,8 @@ class DeformableEncoderLayer(GradientCheckpointingLayer):
             channels, config.num_attention_heads, num_levels, config.encoder_num_points
         )
         self.self_attn_layer_norm = nn.LayerNorm(channels)
-        self.fc1 = nn.Linear(channels, config.encoder_feedforward_dim)
-        self.fc2 = nn.Linear(config.encoder_feedforward_dim, channels)
+        self.fc1 = Linear(channels, config.encoder_feedforward_dim)
+        self.fc2 = Linear(config.encoder_feedforward_dim, channels)
         self.final_layer_norm = nn.LayerNorm(channels)
         self.dropout = nn.Dropout(config.dropout)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from proscale_hf.layers.linear import linear
-from proscale_hf.losses.point_sampling import in_parts, mask_products, sample_maps_backward, sample_shared
+from proscale_hf.losses.point_sampling import mask_products, row_parts, sample_maps_backward, sample_shared
 
 
 class Points(NamedTuple):
@@ -95,7 +95,7 @@ class MatchedMaskLosses(torch.autograd.Function):
 
 def parts(tensors: tuple[torch.Tensor, ...], points: Points) -> zip:
     """Tensors with a row for each match, a part of each at a time."""
-    return zip(*(in_parts(tensor, points.uncertain + points.others) for tensor in tensors), strict=True)
+    return zip(*(row_parts(tensor, points.uncertain + points.others) for tensor in tensors), strict=True)
 
 
 def choose_points(values: torch.Tensor, uncertain: int, others: int) -> torch.Tensor:

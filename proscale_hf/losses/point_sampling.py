@@ -10,7 +10,7 @@ CPU_PART_VALUES = 2**20  # float32 values of masks' points that are worked on at
 CPU_GROUPS = 8  # in which masks are sampled at once
 
 
-def in_parts(rows: torch.Tensor, values_per_row: int) -> tuple[torch.Tensor, ...]:
+def row_parts(rows: torch.Tensor, values_per_row: int) -> tuple[torch.Tensor, ...]:
     """Cut a tensor along its first axis, so that on the CPU what is made from a part stays in the cache."""
     on_cpu = rows.device.type == "cpu"
     return rows.split(max(1, CPU_PART_VALUES // values_per_row // CPU_GROUPS) * CPU_GROUPS) if on_cpu else (rows,)

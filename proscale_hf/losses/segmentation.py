@@ -1,49 +1,78 @@
-"""Matching and losses of Mask2Former (https://arxiv.org/abs/2112.01527, section 3.3), for all predictions at once.
+"""Losses of Mask2Former (https://arxiv.org/abs/2112.01527, section 3.3), for all predictions at once.
 
 Masks are compared at random points only, where the labels are read from packed masks (`packed_masks.py`). Void pixels
-count in neither matching nor loss: a point counts if all four pixels around it are labelled. With `mask_padding`,
-points lie in the image alone. Everything is computed in float32, masks are made from their embeddings part by part, and
-the costs of all predictions and images go to the host in one transfer. With several processes, all divide by the same
-totals, so that the mean of their gradients is the gradient of the joint batch.
+count in neither matching nor loss: a point counts if all four pixels around it are labelled. Points lie in the image
+alone, where the model says what is padding. Everything is computed in float32, and masks are made from their embeddings
+part by part. With several processes, all divide by the same totals, so that the mean of their gradients is the gradient
+of the joint batch.
 """
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import nn
-from transformers.utils import logging
+from transformers import initialization as init
 
-from proscale_hf.layers.linear import linear
 from proscale_hf.losses.masks import Points, matched_mask_losses
-from proscale_hf.losses.point_sampling import in_parts, mask_products, sample_labels, sample_shared
-from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
-
-
-logger = logging.get_logger(__name__)
-
-UNMATCHABLE = 1e6  # cost in place of a NaN or an infinity: matched last, but never infeasible
+from proscale_hf.losses.matching import ClassCost, ImageObjects, ImagePredictions, MaskCost, Matcher
+from proscale_hf.losses.point_sampling import sample_labels
 
 
 class UniversalSegmentationLoss(nn.Module):
-    """Bipartite matching, then cross-entropy on classes and binary cross-entropy and dice on masks.
+    """Bipartite matching, then cross-entropy on classes, and binary cross-entropy and dice loss on masks.
 
     Args:
-        config: the model's configuration.
-
-    Attributes:
-        non_finite_costs: how many matching costs were NaN or infinite so far, in this process.
+        num_labels: classes, without "no object".
+        no_object_weight: of the class "no object" in the cross-entropy; the others have 1.
+        class_weight: of the cross-entropy.
+        mask_weight: of the binary cross-entropy.
+        dice_weight: of the dice loss.
+        num_points: points of a mask at which it is compared, in matching and loss.
+        oversample_ratio: candidates per point in the search for uncertain ones, at least 1.
+        importance_sample_ratio: share of the loss' points taken where the prediction is most uncertain, 0 to 1.
     """
 
-    def __init__(self, config: ProScaleMask2FormerConfig):
+    def __init__(
+        self,
+        num_labels: int,
+        no_object_weight: float,
+        class_weight: float,
+        mask_weight: float,
+        dice_weight: float,
+        num_points: int,
+        oversample_ratio: float,
+        importance_sample_ratio: float,
+    ):
         super().__init__()
-        self.config = config
-        self.non_finite_costs = 0
-        self.register_buffer("empty_weight", self.initial_empty_weight())
+        self.num_labels = num_labels
+        self.no_object_weight = no_object_weight
+        self.weights = {"loss_cross_entropy": class_weight, "loss_mask": mask_weight, "loss_dice": dice_weight}
+        self.num_points = num_points
+        self.num_candidates = int(oversample_ratio * num_points)
+        self.num_uncertain = int(importance_sample_ratio * num_points)
+        self.matcher = Matcher(
+            [MaskCost(mask_weight, dice_weight, num_points), ClassCost(class_weight, num_labels)], num_labels
+        )
+        self.register_buffer("empty_weight", torch.empty(num_labels + 1))
+        self.reset_parameters()
 
-    def initial_empty_weight(self) -> torch.Tensor:
-        """(num_labels + 1,) class weights: 1, and `no_object_weight` for "no object"."""
-        weight = torch.ones(self.config.num_labels + 1)
-        weight[-1] = self.config.no_object_weight
-        return weight
+    @property
+    def non_finite_costs(self) -> int:
+        """How many matching costs were NaN or infinite so far, in this process."""
+        return self.matcher.non_finite_costs
+
+    def reset_parameters(self) -> None:
+        """Class weights: 1, and `no_object_weight` for "no object"."""
+        weight = torch.ones_like(self.empty_weight)
+        weight[-1] = self.no_object_weight
+        init.copy_(self.empty_weight, weight)
+
+    def weighted_sum(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
+        """() the training loss: each term of [`forward`] times its weight."""
+        return sum(
+            weight * value
+            for name, weight in self.weights.items()
+            for key, value in losses.items()
+            if key.startswith(name)
+        )
 
     def forward(
         self,
@@ -105,112 +134,16 @@ class UniversalSegmentationLoss(nn.Module):
         class_labels: list[torch.Tensor],
         image_extents: torch.Tensor,
     ) -> list[torch.Tensor]:
-        """Assign each object a query of its own, for each prediction, at the least total cost.
-
-        Returns:
-            Per image (3, matches) int64: prediction, query and object of each match.
-
-        Raises:
-            ValueError: a class that the model does not have.
-        """
-        costs = [
-            self.matching_cost(
-                class_logits[:, i],
-                mask_embeddings[:, i],
-                mask_features[i],
-                packed_masks[i],
-                class_labels[i],
-                image_extents[i],
-            )
-            for i in range(class_logits.shape[1])
-        ]
-        classes = torch.cat(class_labels)  # checked on the host, so they travel along
-        on_host = torch.cat([*(cost.flatten() for cost in costs), classes.float()]).cpu()
-        all_costs, classes = on_host.tensor_split([len(on_host) - len(classes)])
-        self.check_classes(classes)
-        self.replace_non_finite(all_costs)
-        matches = []
-        for cost, flat in zip(costs, all_costs.split([cost.numel() for cost in costs]), strict=True):
-            triples = [
-                torch.stack((torch.full((len(queries),), prediction), *map(torch.as_tensor, (queries, objects))))
-                for prediction, matrix in enumerate(flat.view(cost.shape).numpy())
-                for queries, objects in [linear_sum_assignment(matrix)]
-            ]
-            matches.append(torch.cat(triples, dim=1))
-        return list(torch.cat(matches, dim=1).to(class_logits.device).split([m.shape[1] for m in matches], dim=1))
-
-    def check_classes(self, classes: torch.Tensor) -> None:
-        """Refuse classes that the model does not have.
-
-        Raises:
-            ValueError: see there.
-        """
-        num_labels = self.config.num_labels
-        wrong = classes[(classes < 0) | (classes >= num_labels)].int().unique().tolist()
-        if wrong:
-            raise ValueError(
-                f"`class_labels` holds {wrong}, but this model has classes 0 to {num_labels - 1}; "
-                "check `num_labels` or `id2label` of its configuration."
-            )
-
-    def replace_non_finite(self, costs: torch.Tensor) -> None:
-        """Give costs that are NaN or infinite the value `UNMATCHABLE`, in place; count them, and warn of the first."""
-        non_finite = costs.numel() - int(costs.isfinite().sum())
-        if non_finite and not self.non_finite_costs:
-            logger.warning(
-                f"{non_finite} of {costs.numel()} matching costs are NaN or infinite: the predictions are, or float32 "
-                "overflows; these queries are matched last. `criterion.non_finite_costs` goes on counting."
-            )
-        self.non_finite_costs += non_finite
-        costs.nan_to_num_(nan=UNMATCHABLE, posinf=UNMATCHABLE, neginf=UNMATCHABLE)
-
-    def matching_cost(
-        self,
-        class_logits: torch.Tensor,
-        mask_embeddings: torch.Tensor,
-        mask_features: torch.Tensor,
-        planes: torch.Tensor,
-        class_labels: torch.Tensor,
-        image_extent: torch.Tensor,
-    ) -> torch.Tensor:
-        """Cost of giving each query each object, in one image.
-
-        Args:
-            class_logits: (predictions, queries, num_labels + 1).
-            mask_embeddings: (predictions, queries, channels).
-            mask_features: (channels, height, width).
-            planes: (planes, H, W).
-            class_labels: (objects,).
-            image_extent: (2,).
-
-        Returns:
-            (predictions, queries, objects) float32.
-        """
-        config = self.config
-        predictions, queries = class_logits.shape[:2]
-        points = torch.rand((config.train_num_points, 2), device=class_logits.device) * image_extent.flip(0)
-        inside, counted = sample_labels(planes, len(class_labels), points)
-
-        mask_costs = []
-        for embeddings in in_parts(mask_embeddings.flatten(0, 1), config.train_num_points):
-            logits = sample_shared(mask_products(embeddings, mask_features), points)
-            probabilities = logits.sigmoid()
-            # binary cross-entropy: softplus(x) - x * target, summed over points as matrix products
-            cross_entropy = (nn.functional.softplus(logits) @ counted).unsqueeze(1) - linear(logits, inside)
-            overlap = 2 * linear(probabilities, inside)
-            dice = 1 - (overlap + 1) / ((probabilities @ counted).unsqueeze(1) + inside.sum(1) + 1)
-            mask_costs.append(
-                config.mask_weight * cross_entropy / counted.sum().clamp(min=1) + config.dice_weight * dice
-            )
-        classes = class_labels.clamp(0, config.num_labels - 1)  # `match` refuses wrong ones when it is on the host
-        cost_class = -class_logits.softmax(-1)[..., classes]  # (predictions, queries, objects)
-        return torch.cat(mask_costs).view(predictions, queries, -1) + config.class_weight * cost_class
+        """Arguments as in [`forward`]; returns what [`Matcher`] does."""
+        predictions = map(ImagePredictions, class_logits.unbind(1), mask_embeddings.unbind(1), mask_features)
+        objects = map(ImageObjects, class_labels, packed_masks, image_extents)
+        return self.matcher(list(predictions), list(objects))
 
     def class_targets(
         self, class_logits: torch.Tensor, class_labels: list[torch.Tensor], matches: list[torch.Tensor]
     ) -> torch.Tensor:
         """(predictions, batch, queries) int64 classes; queries without an object should say "no object"."""
-        targets = torch.full(class_logits.shape[:3], self.config.num_labels, device=class_logits.device)
+        targets = torch.full(class_logits.shape[:3], self.num_labels, device=class_logits.device)
         for i, (labels, (prediction, query, target)) in enumerate(zip(class_labels, matches, strict=True)):
             targets[prediction, i, query] = labels[target]
         return targets
@@ -261,12 +194,9 @@ class UniversalSegmentationLoss(nn.Module):
             objects: how many.
             extent: (2,), share of height and width to draw from.
         """
-        config = self.config
-        uncertain = int(config.importance_sample_ratio * config.train_num_points)
-        candidates = int(config.oversample_ratio * config.train_num_points)
-        others = config.train_num_points - uncertain
-        positions = torch.rand((candidates + others, 2), device=extent.device) * extent.flip(0)
-        return Points(positions, *sample_labels(planes, objects, positions), uncertain, others)
+        others = self.num_points - self.num_uncertain
+        positions = torch.rand((self.num_candidates + others, 2), device=extent.device) * extent.flip(0)
+        return Points(positions, *sample_labels(planes, objects, positions), self.num_uncertain, others)
 
 
 def totals_per_process(num_masks: int, total_weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

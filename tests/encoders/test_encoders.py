@@ -13,11 +13,11 @@ from helpers import tiny_config
 from paths import EXAMPLES
 from proscale_hf import ProScaleMask2FormerForUniversalSegmentation, ProScaleMask2FormerImageProcessorPil
 from proscale_hf.encoders.choice import ENCODER_CLASSES
+from proscale_hf.encoders.configuration import ENCODERS
 from proscale_hf.encoders.lite import LiteEncoder
 from proscale_hf.encoders.proscale import ProScaleEncoder, TokenRecalibration
 from proscale_hf.encoders.rt import RTEncoder
 from proscale_hf.layers.deformable_encoder import DeformableEncoderLayer, TokenGrid, maps_to_tokens
-from proscale_hf.models.mask2former.configuration_proscale_mask2former import ENCODERS
 
 
 SHAPES = [(2, 3), (4, 6), (8, 12)]

@@ -7,15 +7,26 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers import as_products, labels, tiny_config
+from helpers import as_products, labels
 from proscale_hf.losses import masks as mask_losses
-from proscale_hf.losses import segmentation as losses
-from proscale_hf.losses.segmentation import UNMATCHABLE, UniversalSegmentationLoss, totals_per_process
+from proscale_hf.losses import matching
+from proscale_hf.losses.matching import UNMATCHABLE, ImageObjects, ImagePredictions, Matcher
+from proscale_hf.losses.segmentation import UniversalSegmentationLoss, totals_per_process
 from proscale_hf.processing.packed_masks import pack_masks
 
 
 def criterion(**changes) -> UniversalSegmentationLoss:
-    return UniversalSegmentationLoss(tiny_config(**{"train_num_points": 400, **changes}))
+    settings = {
+        "num_labels": 4,
+        "no_object_weight": 0.1,
+        "class_weight": 2.0,
+        "mask_weight": 5.0,
+        "dice_weight": 5.0,
+        "num_points": 400,
+        "oversample_ratio": 3.0,
+        "importance_sample_ratio": 0.75,
+    }
+    return UniversalSegmentationLoss(**{**settings, **changes})
 
 
 def predictions(number: int = 2, batch: int = 2, queries: int = 7, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,7 +150,7 @@ def test_broken_predictions_do_not_stop_the_matching(bad, monkeypatch, caplog):
     class_logits[:, :, 3] = bad
     given = packed(labels((3, 1)))
     loss = criterion()
-    monkeypatch.setattr(logging.getLogger("proscale_hf.losses.segmentation"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("proscale_hf.losses.matching"), "propagate", True)
     for step in (1, 2):
         matches = loss.match(class_logits, embeddings, features, *given, torch.ones(2, 2))
         assert all(3 not in match[1] for match in matches)
@@ -152,10 +163,10 @@ def test_broken_predictions_do_not_stop_the_matching(bad, monkeypatch, caplog):
 
 def test_costs_that_are_not_numbers_are_replaced():
     costs = torch.tensor([1.0, float("nan"), float("inf"), -float("inf"), -2.0])
-    loss = criterion()
-    loss.replace_non_finite(costs)
+    matcher = Matcher([], num_labels=4)
+    matcher.replace_non_finite(costs)
     assert costs.tolist() == [1.0, UNMATCHABLE, UNMATCHABLE, UNMATCHABLE, -2.0]
-    assert loss.non_finite_costs == 3
+    assert matcher.non_finite_costs == 3
 
 
 def test_healthy_costs_are_not_reported(caplog):
@@ -215,7 +226,10 @@ def test_each_cost_has_its_own_weight():
         loss = criterion(**{"class_weight": 1.0, "mask_weight": 1.0, "dice_weight": 1.0, **weights})
         (planes,), (classes,) = packed(given)
         embeddings, features = as_products(mask_logits)
-        return loss.matching_cost(class_logits[:, 0], embeddings[:, 0], features[0], planes, classes, torch.ones(2))
+        return loss.matcher.cost(
+            ImagePredictions(class_logits[:, 0], embeddings[:, 0], features[0]),
+            ImageObjects(classes, planes, torch.ones(2)),
+        )
 
     parts = {name: cost(**{name: 2.0}) - cost() for name in ("class_weight", "mask_weight", "dice_weight")}
     probabilities = class_logits[:, 0].softmax(-1)[..., given["class_labels"][0]]
@@ -243,14 +257,16 @@ def test_losses_are_computed_in_float32_under_autocast(monkeypatch):
         function = getattr(owner, name)
 
         def recorded(*arguments):
-            seen.append((torch.is_autocast_enabled("cpu"), next(a.dtype for a in arguments if hasattr(a, "dtype"))))
+            first = next(a for a in arguments if isinstance(a, torch.Tensor | ImagePredictions))
+            dtype = (first if isinstance(first, torch.Tensor) else first.class_logits).dtype
+            seen.append((torch.is_autocast_enabled("cpu"), dtype))
             return function(*arguments)
 
         monkeypatch.setattr(owner, name, recorded)
 
-    record(UniversalSegmentationLoss, "matching_cost")  # its class logits
+    record(Matcher, "cost")  # its class logits
     record(UniversalSegmentationLoss, "class_loss")
-    record(losses, "sample_shared")
+    record(matching, "sample_shared")
     record(mask_losses, "sample_shared")
     record(mask_losses, "point_losses")
     class_logits, mask_logits = (logits.bfloat16() for logits in predictions())

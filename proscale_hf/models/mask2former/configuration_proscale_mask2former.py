@@ -1,67 +1,40 @@
 """Configuration of PRO-SCALE on the Mask2Former architecture: every hyper-parameter, typed, validated, documented.
 
-Field names are those of transformers' `Mask2FormerConfig` wherever the meaning is the same. What PRO-SCALE adds
-(https://arxiv.org/abs/2404.14657, section 3 and appendix C) is `encoder` to `stage_residual`.
+Field names are those of transformers' `Mask2FormerConfig` wherever the meaning is the same.
 """
 
-import copy
 import os
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from proscale_hf.encoders.configuration import (
+    EncoderConfig,
+    check_choice,
+    check_minimum,
+    check_multiple,
+    check_share,
+    check_weight,
+)
 from proscale_hf.hub.code import reference, write_code
 from proscale_hf.hub.names import resolved
 from proscale_hf.models.mask2former.presets import BACKBONES, preset_settings
 from proscale_hf.processing.categories import check_categories
 
 
-ENCODERS = ("proscale", "mask2former", "lite", "rt")
-TOKEN_RECALIBRATIONS = ("none", "linear", "conv")
-TOKEN_RECALIBRATION_LAYOUTS = ("paper", "original")
 PIXEL_EMBEDDINGS = ("maxpool", "avgpool", "conv", "none")
-NORM_GROUPS = 32  # GroupNorm groups in the pixel decoder, as in Mask2Former
 
 
 @strict
-class ProScaleMask2FormerConfig(PreTrainedConfig):
+class ProScaleMask2FormerConfig(EncoderConfig):
     r"""
     Configuration of [`ProScaleMask2FormerModel`] and [`ProScaleMask2FormerForUniversalSegmentation`]. The defaults are
-    the paper's Swin-T model with stages (3, 3, 3).
+    the paper's Swin-T model with stages (3, 3, 3). Backbone and encoder have the fields of [`EncoderConfig`]; here are
+    the others.
 
     Args:
-        backbone_config (`dict` or `PreTrainedConfig`, defaults to Swin-T):
-            Configuration of any transformers backbone that gives one feature map per entry of `feature_strides`
-            (Swin, ResNet, ...; timm's through `model_type="timm_backbone"`). A dict must have `model_type`. The
-            object is shared with the model, not copied.
-        encoder (`str`, defaults to `"proscale"`):
-            Transformer encoder of the pixel decoder. `"proscale"`: tokens of larger maps enter in later stages
-            (paper, section 3.1). `"mask2former"`: all tokens in every layer. The paper's baselines: `"lite"`,
-            Lite-DETR's, where only the last layer changes the finest map; `"rt"`, RT-DETR's, attention in the coarsest
-            map and convolutions across scales.
-        encoder_stage_layers (`list[int]`, defaults to `(3, 3, 3)`):
-            (p1, p2, p3): number of layers in each stage of the `"proscale"` encoder, one entry per token scale,
-            coarse to fine.
-        encoder_layers (`int`, defaults to 6):
-            Number of layers of the `"mask2former"` and `"lite"` encoders. Not read by the others.
-        encoder_num_points (`int`, defaults to 4):
-            Sampling points per head and level of the encoder's deformable attention. Not read by `"rt"`.
-        encoder_feedforward_dim (`int`, defaults to 1024):
-            Width of the feed-forward blocks in the encoder.
-        token_recalibration (`str`, defaults to `"linear"`):
-            Token re-calibration (paper, appendix C): the maps of the earlier stages are weighted by an attention map
-            made from the finest one. `"none"`, `"linear"` or `"conv"` (a 1x1 convolution). Only with `"proscale"`.
-        token_recalibration_temperature (`float`, defaults to 0.1):
-            The factor epsilon in front of the re-calibration's logits.
-        token_recalibration_layout (`str`, defaults to `"paper"`):
-            `"paper"`: the attention map belongs to positions, as the paper's equation 4 says. `"original"`: as in the
-            released code, which reinterprets (tokens, channels) memory as (channels, height, width) and so mixes
-            positions and channels; weights trained with that code need it.
-        stage_residual (`bool`, defaults to `False`):
-            Add a stage's input tokens to the output of each of its layers, in all stages but the last.
         pixel_embedding (`str`, defaults to `"maxpool"`):
             What makes the per-pixel embedding at stride 4 (paper, section 3.1.1): `"maxpool"` or `"avgpool"` is the
             light pixel embedding, without weights; `"conv"` is Mask2Former's 3x3 convolution. With `"none"` there is
@@ -71,16 +44,10 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
             With a `pixel_mask`, treat each image of a batch as it would be treated alone: padded to a multiple of
             the largest feature stride, and no further. Its result then does not depend on its batch mates, and the
             loss looks at real pixels only. `False` is the original's behaviour: padding counts as image.
-        freeze_backbone_batch_norm (`bool`, defaults to `True`):
-            Keep the batch norms of the backbone (if it has any) at their stored statistics and weights in training.
-        feature_size (`int`, defaults to 256):
-            Channels of the feature maps in the pixel decoder, a multiple of 32.
         mask_feature_size (`int`, defaults to 256):
             Channels of the per-pixel embedding.
         hidden_dim (`int`, defaults to 256):
             Channels of the mask decoder, a multiple of 4.
-        num_attention_heads (`int`, defaults to 8):
-            Attention heads in encoder and mask decoder.
         dim_feedforward (`int`, defaults to 2048):
             Width of the feed-forward blocks in the mask decoder.
         decoder_layers (`int`, defaults to 10):
@@ -94,13 +61,9 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
             Number of object queries.
         activation_function (`str`, defaults to `"relu"`):
             Activation in the mask decoder's feed-forward blocks.
-        dropout (`float`, defaults to 0.0):
-            Dropout probability in encoder and mask decoder.
         common_stride (`int`, defaults to 4):
             Stride of the per-pixel embedding and of the masks; the maps of larger strides are the encoder's.
             With `pixel_embedding="none"` the map of this stride is the encoder's too, and the usual value is 8.
-        feature_strides (`list[int]`, defaults to `(4, 8, 16, 32)`):
-            Strides of the backbone's feature maps, fine to coarse.
         ignore_value (`int`, defaults to 255):
             Value of void pixels in `mask_labels`, 2 to 255; they count in neither matching nor loss.
         no_object_weight (`float`, defaults to 0.1):
@@ -154,7 +117,6 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
         # what `pipeline("image-segmentation")` loads with
         "AutoModelForImageSegmentation": "ProScaleMask2FormerForUniversalSegmentation",
     }
-    sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012 - transformers reads a plain class attribute
     attribute_map = {"hidden_size": "hidden_dim", "num_hidden_layers": "decoder_layers"}  # noqa: RUF012
     keys_to_ignore_at_inference = [  # noqa: RUF012
         "loss_dict",
@@ -169,32 +131,17 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
         "cross_attentions",
     ]
 
-    backbone_config: dict | PreTrainedConfig | None = None
-    encoder: str = "proscale"
-    encoder_stage_layers: list[int] | tuple[int, ...] = (3, 3, 3)
-    encoder_layers: int = 6
-    encoder_num_points: int = 4
-    encoder_feedforward_dim: int = 1024
-    token_recalibration: str = "linear"
-    token_recalibration_temperature: float | int = 0.1
-    token_recalibration_layout: str = "paper"
-    stage_residual: bool = False
     pixel_embedding: str = "maxpool"
     mask_padding: bool = True
-    freeze_backbone_batch_norm: bool = True
-    feature_size: int = 256
     mask_feature_size: int = 256
     hidden_dim: int = 256
-    num_attention_heads: int = 8
     dim_feedforward: int = 2048
     decoder_layers: int = 10
     pre_norm: bool = False
     enforce_input_projection: bool = False
     num_queries: int = 100
     activation_function: str = "relu"
-    dropout: float | int = 0.0
     common_stride: int = 4
-    feature_strides: list[int] | tuple[int, ...] = (4, 8, 16, 32)
     ignore_value: int = 255
     no_object_weight: float | int = 0.1
     class_weight: float | int = 2.0
@@ -213,10 +160,7 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any):
         if self.backbone_config is None:
             self.backbone_config = BACKBONES["swin-t"]
-        if isinstance(self.backbone_config, dict):
-            self.backbone_config = _backbone_config_from_dict(self.backbone_config)
         super().__post_init__(**kwargs)
-        self._check_values()
 
     @classmethod
     def from_pretrained(
@@ -269,29 +213,20 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
         category = self.categories[label_id]
         return category if category["name"] == self.id2label.get(label_id) else None
 
-    def _check_values(self) -> None:
-        _check_choice("encoder", self.encoder, ENCODERS)
-        _check_choice("token_recalibration", self.token_recalibration, TOKEN_RECALIBRATIONS)
-        _check_choice("token_recalibration_layout", self.token_recalibration_layout, TOKEN_RECALIBRATION_LAYOUTS)
-        _check_choice("pixel_embedding", self.pixel_embedding, PIXEL_EMBEDDINGS)
+    def check_values(self) -> None:
+        """Refuse what is not possible.
 
+        Raises:
+            ValueError: one line that names the field.
+        """
+        check_choice("pixel_embedding", self.pixel_embedding, PIXEL_EMBEDDINGS)
         strides = list(self.feature_strides)
-        if len(strides) < 2 or strides != sorted(set(strides)) or strides[0] != self.common_stride:
+        if len(strides) < 2 or strides[0] != self.common_stride:
             raise ValueError(
                 f"`feature_strides` must grow and begin with `common_stride` ({self.common_stride}), got {strides}."
             )
-        scales = len(self.encoder_strides)
-        if len(self.encoder_stage_layers) != scales or min(self.encoder_stage_layers) < 1:
-            raise ValueError(
-                f"`encoder_stage_layers` must be {scales} numbers of at least 1, one per token scale, "
-                f"got {tuple(self.encoder_stage_layers)}."
-            )
-        if self.encoder == "lite" and scales < 2:
-            raise ValueError("`encoder` 'lite' needs maps of at least two strides: one that it changes less often.")
+        super().check_values()
         for name, minimum in (
-            ("encoder_layers", 1),
-            ("encoder_num_points", 1),
-            ("encoder_feedforward_dim", 1),
             ("decoder_layers", 2),
             ("dim_feedforward", 1),
             ("mask_feature_size", 1),
@@ -299,9 +234,8 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
             ("train_num_points", 1),
             ("oversample_ratio", 1),
         ):
-            if getattr(self, name) < minimum:
-                raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(self, name)}.")
-        _check_choice("activation_function", self.activation_function, tuple(ACT2FN))
+            check_minimum(name, getattr(self, name), minimum)
+        check_choice("activation_function", self.activation_function, tuple(ACT2FN))
         for name in (
             "class_weight",
             "mask_weight",
@@ -309,43 +243,17 @@ class ProScaleMask2FormerConfig(PreTrainedConfig):
             "no_object_weight",
             "init_std",
             "init_xavier_std",
-            "token_recalibration_temperature",
         ):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"`{name}` must be a number of at least 0, got {getattr(self, name)}.")
+            check_weight(name, getattr(self, name))
         if not 2 <= self.ignore_value <= 255:
             raise ValueError(
                 f"`ignore_value` must lie between 2 and 255 (0 and 1 mean something), got {self.ignore_value}."
             )
-        for name in ("dropout", "importance_sample_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
-        for name, divisor, reason in (
-            ("feature_size", NORM_GROUPS, "the groups of the group norm"),
-            ("feature_size", self.num_attention_heads, "`num_attention_heads`"),
-            ("hidden_dim", 4, "the position embedding: sine and cosine, two axes"),
-            ("hidden_dim", self.num_attention_heads, "`num_attention_heads`"),
-        ):
-            if divisor < 1 or getattr(self, name) % divisor or getattr(self, name) < 1:
-                raise ValueError(f"`{name}` ({getattr(self, name)}) must be a multiple of {divisor}, {reason}.")
+        check_share("importance_sample_ratio", self.importance_sample_ratio)
+        check_multiple("hidden_dim", self.hidden_dim, 4, "the position embedding: sine and cosine, two axes")
+        check_multiple("hidden_dim", self.hidden_dim, self.num_attention_heads, "`num_attention_heads`")
         if self.categories is not None:
             check_categories(self.categories)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-
-def _backbone_config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
-    values = copy.deepcopy(values)
-    model_type = values.pop("model_type", None)
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(
-            "`backbone_config` needs a `model_type` that transformers knows, such as 'swin', 'resnet' or "
-            f"'timm_backbone', got {model_type!r}."
-        )
-    return CONFIG_MAPPING[model_type].from_dict(values)
 
 
 __all__ = ["ProScaleMask2FormerConfig"]

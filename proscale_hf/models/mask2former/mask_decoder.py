@@ -5,11 +5,13 @@ that steers the attention is computed at the map's own resolution: resizing the 
 product there equals resizing the product.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
@@ -218,10 +220,10 @@ class MaskedAttentionLayer(GradientCheckpointingLayer):
         self.pre_norm = config.pre_norm
         self.cross_attn = MaskedCrossAttention(config)
         self.cross_attn_layer_norm = nn.LayerNorm(channels)
-        self.self_attn = SelfAttention(config, channels)
+        self.self_attn = SelfAttention(config, channels, config.num_attention_heads, config.dropout)
         self.self_attn_layer_norm = nn.LayerNorm(channels)
-        self.fc1 = nn.Linear(channels, config.dim_feedforward)
-        self.fc2 = nn.Linear(config.dim_feedforward, channels)
+        self.fc1 = Linear(channels, config.dim_feedforward)
+        self.fc2 = Linear(config.dim_feedforward, channels)
         self.final_layer_norm = nn.LayerNorm(channels)
         self.activation = ACT2FN[config.activation_function]
         self.dropout = nn.Dropout(config.dropout)
@@ -283,9 +285,16 @@ class MaskedCrossAttention(nn.Module):
         super().__init__()
         channels = config.hidden_dim
         self.config = config
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * channels, channels))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * channels))
-        self.out_proj = nn.Linear(channels, channels)
+        self.out_proj = Linear(channels, channels)
+
+    def reset_parameters(self) -> None:
+        """Begin like a linear layer: Xavier weights, no bias."""
+        init.xavier_uniform_(self.in_proj_weight, gain=self.config.init_xavier_std)
+        init.zeros_(self.in_proj_bias)
 
     def forward(
         self,
@@ -327,7 +336,13 @@ class MaskPredictor(nn.Module):
 
 
 class MaskEmbedderLinear(Linear):
-    """A linear layer that starts from PyTorch's own initialisation, as the original's mask head does."""
+    """A linear layer that begins as PyTorch's own do, as in the original's mask head."""
+
+    def reset_parameters(self) -> None:
+        """Uniform weights and biases, up to one over the root of the number of inputs."""
+        bound = 1 / math.sqrt(self.in_features)
+        init.uniform_(self.weight, -bound, bound)
+        init.uniform_(self.bias, -bound, bound)
 
 
 def predict_masks(mask_embeddings: torch.Tensor, mask_features: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,6 @@ pixels -> pixel-level module { backbone -> pixel decoder } -> mask decoder -> cl
 encoder, stands in files of its own; see `encoders.py`.
 """
 
-import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -24,20 +23,17 @@ from transformers.utils import CONFIG_NAME, ModelOutput
 from proscale_hf.hub.code import reference, write_code
 from proscale_hf.hub.names import resolved
 from proscale_hf.hub.repository import Upload, split_hub_arguments, write_card
-from proscale_hf.layers.deformable_encoder import AttentionLogits, SamplingOffsets
 from proscale_hf.layers.kernels import PYTORCH, use_kernel
-from proscale_hf.layers.linear import Linear, use_onednn
+from proscale_hf.layers.linear import Linear
 from proscale_hf.losses.segmentation import UniversalSegmentationLoss
 from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
 from proscale_hf.models.mask2former.mask_decoder import (
     MaskDecoder,
-    MaskedCrossAttention,
-    MaskEmbedderLinear,
     predict_masks,
 )
-from proscale_hf.models.mask2former.pixel_decoder import PixelDecoder
 from proscale_hf.models.mask2former.pixel_level_module import PixelLevelModule
-from proscale_hf.processing.packed_masks import number_of_planes, pack_masks
+from proscale_hf.models.mask_labels import packed_labels
+from proscale_hf.models.padding import pad_to_stride, prepare_images
 
 
 @dataclass
@@ -58,6 +54,8 @@ class ProScaleMask2FormerModelOutput(ModelOutput):
             are the masks of each prediction, first to last; with `output_predictions`.
         attentions: self-attention weights per layer, (batch, heads, queries, queries); with `output_attentions`.
         cross_attentions: cross-attention weights per layer, (batch, heads, queries, tokens); with `output_attentions`.
+        image_sizes: (batch, 2) int64, height and width of each image without padding; with `pixel_mask`.
+        padded_sizes: (batch, 2) int64, height and width of the padded batch, once for each image.
     """
 
     transformer_decoder_last_hidden_state: torch.Tensor | None = None
@@ -71,6 +69,8 @@ class ProScaleMask2FormerModelOutput(ModelOutput):
     mask_embeddings: torch.Tensor | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
+    image_sizes: torch.Tensor | None = None
+    padded_sizes: torch.Tensor | None = None
 
 
 @dataclass
@@ -81,7 +81,8 @@ class ProScaleMask2FormerForUniversalSegmentationOutput(ModelOutput):
         loss: scalar, with labels.
         class_queries_logits: (batch, queries, num_labels + 1), the last entry is "no object".
         masks_queries_logits: (batch, queries, height / 4, width / 4).
-        image_sizes: (batch, 2) int64, true height and width of each image in the padded batch; with `pixel_mask`.
+        image_sizes: (batch, 2) int64, height and width of each image without padding; with `pixel_mask`.
+        padded_sizes: (batch, 2) int64, height and width of the padded batch, once for each image.
         loss_dict: the loss's unweighted terms; with labels.
         auxiliary_logits: the earlier predictions, first to last, as dicts with `class_queries_logits` and
             `masks_queries_logits`; with `output_auxiliary_logits`.
@@ -99,6 +100,7 @@ class ProScaleMask2FormerForUniversalSegmentationOutput(ModelOutput):
     class_queries_logits: torch.Tensor | None = None
     masks_queries_logits: torch.Tensor | None = None
     image_sizes: torch.Tensor | None = None
+    padded_sizes: torch.Tensor | None = None
     loss_dict: dict[str, torch.Tensor] | None = None
     auxiliary_logits: list[dict[str, torch.Tensor]] | None = None
     encoder_last_hidden_state: torch.Tensor | None = None
@@ -131,7 +133,6 @@ class ProScaleMask2FormerPreTrainedModel(PreTrainedModel):
     def post_init(self) -> None:
         """As in transformers. Of the layers that are not to be split those that the model has, since FSDP wants all."""
         super().post_init()
-        use_onednn(self)
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     @classmethod
@@ -215,51 +216,43 @@ class ProScaleMask2FormerPreTrainedModel(PreTrainedModel):
     def get_input_embeddings(self) -> None:
         """Pixels have no table of embeddings. accelerate asks for it before it shards a model (FSDP2)."""
 
-    def pad_to_stride(self, batch: torch.Tensor) -> torch.Tensor:
-        """Pad (..., height, width) with 0 at the bottom and right to multiples of the largest feature stride."""
-        stride = self.config.feature_strides[-1]
-        height, width = batch.shape[-2:]
-        return nn.functional.pad(batch, (0, -width % stride, 0, -height % stride))
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Each case is a module that holds parameters itself: outside of transformers' own package those without are
-        # passed over.
-        if isinstance(module, SamplingOffsets):
-            module.reset_parameters_to_ring()
-        elif isinstance(module, AttentionLogits):
-            init.zeros_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, MaskEmbedderLinear):
-            bound = 1 / math.sqrt(module.in_features)
-            init.uniform_(module.weight, -bound, bound)
-            init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, ClassPredictor):
-            init.normal_(module.weight, std=self.config.init_std)
-            init.zeros_(module.bias)
+        """Own modules say how they begin. Where they leave it to PyTorch, this is how layers of a kind begin here."""
+        begin = getattr(module, "reset_parameters", None)
+        if begin is not None and not begin.__module__.startswith("torch."):
+            begin()
         elif isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight, gain=self.config.init_xavier_std)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, MaskedCrossAttention):
-            init.xavier_uniform_(module.in_proj_weight, gain=self.config.init_xavier_std)
-            init.zeros_(module.in_proj_bias)
         elif isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=1)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight)
-        elif isinstance(module, PixelDecoder):
-            init.normal_(module.level_embed)
-        elif isinstance(module, UniversalSegmentationLoss):
-            init.copy_(module.empty_weight, module.initial_empty_weight())
         else:
             super()._init_weights(module)
 
 
 class ClassPredictor(Linear):
-    """Class logits of a query, the last one "no object"."""
+    """Class logits of a query, the last one "no object".
+
+    Args:
+        channels: of the queries.
+        num_classes: with "no object".
+        std: standard deviation of the weights at the beginning.
+    """
+
+    def __init__(self, channels: int, num_classes: int, std: float):
+        self.std = std
+        super().__init__(channels, num_classes)
+
+    def reset_parameters(self) -> None:
+        """Normal weights, no bias."""
+        init.normal_(self.weight, std=self.std)
+        init.zeros_(self.bias)
 
 
 class ProScaleMask2FormerModel(ProScaleMask2FormerPreTrainedModel):
@@ -304,21 +297,16 @@ class ProScaleMask2FormerModel(ProScaleMask2FormerPreTrainedModel):
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         return_dict = config.return_dict if return_dict is None else return_dict
-        check_pixels(pixel_values, pixel_mask)
-
-        padded_sizes, valid_sizes = None, None
-        if pixel_mask is not None and config.mask_padding:
-            pixel_values, pixel_mask = self.pad_to_stride(pixel_values), self.pad_to_stride(pixel_mask)
-            valid_sizes = self.sizes_alone(pixel_mask)
+        batch = prepare_images(pixel_values, pixel_mask, config.feature_strides[-1], config.mask_padding)
+        sizes_alone, valid_sizes = None, None
+        if batch.sizes_alone is not None:
+            valid_sizes = [-(-batch.sizes_alone // stride) for stride in config.encoder_strides]
             # A compiled graph cannot depend on the sizes' values: there the pixel level sees the padding as image.
             if not torch.compiler.is_compiling():
-                padded_sizes = [tuple(size) for size in valid_sizes.tolist()]
-        pixels = self.pixel_level_module(pixel_values.to(self.dtype), padded_sizes)
+                sizes_alone = [tuple(size) for size in batch.sizes_alone.tolist()]
+        pixels = self.pixel_level_module(batch.pixel_values.to(self.dtype), sizes_alone)
         decoded = self.transformer_module(
-            pixels.multi_scale_features,
-            pixels.mask_features,
-            None if valid_sizes is None else [-(-valid_sizes // stride) for stride in config.encoder_strides],
-            output_attentions,
+            pixels.multi_scale_features, pixels.mask_features, valid_sizes, output_attentions
         )
         output = ProScaleMask2FormerModelOutput(
             transformer_decoder_last_hidden_state=decoded.query_states[-1],
@@ -332,13 +320,10 @@ class ProScaleMask2FormerModel(ProScaleMask2FormerPreTrainedModel):
             mask_embeddings=torch.stack(decoded.mask_embeddings) if output_predictions else None,
             attentions=decoded.attentions,
             cross_attentions=decoded.cross_attentions,
+            image_sizes=batch.image_sizes,
+            padded_sizes=batch.padded_sizes,
         )
         return output if return_dict else output.to_tuple()
-
-    def sizes_alone(self, pixel_mask: torch.Tensor) -> torch.Tensor:
-        """(batch, 2): height and width each image would be padded to if it were alone."""
-        largest_stride = self.config.feature_strides[-1]
-        return -(-true_image_sizes(pixel_mask) // largest_stride) * largest_stride
 
 
 class ProScaleMask2FormerForUniversalSegmentation(ProScaleMask2FormerPreTrainedModel):
@@ -351,8 +336,17 @@ class ProScaleMask2FormerForUniversalSegmentation(ProScaleMask2FormerPreTrainedM
     def __init__(self, config: ProScaleMask2FormerConfig):
         super().__init__(config)
         self.model = ProScaleMask2FormerModel(config)
-        self.class_predictor = ClassPredictor(config.hidden_dim, config.num_labels + 1)
-        self.criterion = UniversalSegmentationLoss(config)
+        self.class_predictor = ClassPredictor(config.hidden_dim, config.num_labels + 1, config.init_std)
+        self.criterion = UniversalSegmentationLoss(
+            num_labels=config.num_labels,
+            no_object_weight=config.no_object_weight,
+            class_weight=config.class_weight,
+            mask_weight=config.mask_weight,
+            dice_weight=config.dice_weight,
+            num_points=config.train_num_points,
+            oversample_ratio=config.oversample_ratio,
+            importance_sample_ratio=config.importance_sample_ratio,
+        )
         self.post_init()
 
     def forward(
@@ -391,51 +385,30 @@ class ProScaleMask2FormerForUniversalSegmentation(ProScaleMask2FormerPreTrainedM
         return_dict = config.return_dict if return_dict is None else return_dict
         if output_auxiliary_logits is None:
             output_auxiliary_logits = config.output_auxiliary_logits
-        check_pixels(pixel_values, pixel_mask)
-        check_labels(mask_labels, packed_masks, class_labels, pixel_values)
-        if mask_labels is not None:
-            packed_masks = [pack_masks(masks, config.ignore_value) for masks in mask_labels]
-        output_predictions = packed_masks is not None or output_auxiliary_logits
-        if pixel_mask is not None and config.mask_padding:
-            pixel_values, pixel_mask = self.pad_to_stride(pixel_values), self.pad_to_stride(pixel_mask)
-            packed_masks = None if packed_masks is None else [self.pad_to_stride(planes) for planes in packed_masks]
+        packed_masks = packed_labels(mask_labels, packed_masks, class_labels, pixel_values, config.ignore_value)
 
         outputs = self.model(
             pixel_values,
             pixel_mask,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
-            output_predictions=output_predictions,
+            output_predictions=packed_masks is not None or output_auxiliary_logits,
             return_dict=True,
         )
         query_states = outputs.query_states or [outputs.transformer_decoder_last_hidden_state]
-        class_logits = self.class_predictor(torch.stack(tuple(query_states)))
-
-        image_sizes = None if pixel_mask is None else true_image_sizes(pixel_mask)
-        loss, loss_dict, auxiliary_logits = None, None, None
+        class_logits = self.class_predictor(torch.stack(tuple(query_states)))  # (predictions, batch, queries, labels)
+        loss_dict = None
         if packed_masks is not None:
-            first = 0 if config.use_auxiliary_loss else -1
-            extents = None
-            if image_sizes is not None and config.mask_padding:
-                extents = image_sizes / torch.tensor(pixel_mask.shape[-2:], device=image_sizes.device)
-            masks = outputs.mask_embeddings[first:], outputs.pixel_decoder_last_hidden_state
-            loss_dict = self.criterion(class_logits[first:], *masks, packed_masks, class_labels, extents)
-            loss = self.weighted_sum(loss_dict)
-        if output_auxiliary_logits:
-            auxiliary_logits = [
-                {
-                    "class_queries_logits": classes,
-                    "masks_queries_logits": predict_masks(embeddings, outputs.pixel_decoder_last_hidden_state),
-                }
-                for classes, embeddings in zip(class_logits[:-1], outputs.mask_embeddings[:-1], strict=True)
-            ]
+            loss_dict = self.losses(class_logits, outputs, packed_masks, class_labels)
+
         output = ProScaleMask2FormerForUniversalSegmentationOutput(
-            loss=loss,
+            loss=None if loss_dict is None else self.criterion.weighted_sum(loss_dict),
             class_queries_logits=class_logits[-1],
             masks_queries_logits=outputs.masks_queries_logits,
-            image_sizes=image_sizes,
+            image_sizes=outputs.image_sizes,
+            padded_sizes=outputs.padded_sizes,
             loss_dict=loss_dict,
-            auxiliary_logits=auxiliary_logits,
+            auxiliary_logits=earlier_predictions(class_logits, outputs) if output_auxiliary_logits else None,
             encoder_last_hidden_state=outputs.encoder_last_hidden_state,
             pixel_decoder_last_hidden_state=outputs.pixel_decoder_last_hidden_state,
             transformer_decoder_last_hidden_state=outputs.transformer_decoder_last_hidden_state,
@@ -447,95 +420,41 @@ class ProScaleMask2FormerForUniversalSegmentation(ProScaleMask2FormerPreTrainedM
         )
         return output if return_dict else output.to_tuple()
 
-    def weighted_sum(self, loss_dict: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The training loss: each term times its weight from the configuration."""
-        weights = {
-            "loss_cross_entropy": self.config.class_weight,
-            "loss_mask": self.config.mask_weight,
-            "loss_dice": self.config.dice_weight,
+    def losses(
+        self,
+        class_logits: torch.Tensor,
+        outputs: ProScaleMask2FormerModelOutput,
+        packed_masks: list[torch.Tensor],
+        class_labels: list[torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """The loss's unweighted terms, for labels as [`forward`] takes them, packed."""
+        config = self.config
+        first = 0 if config.use_auxiliary_loss else -1
+        extents = None
+        if config.mask_padding and outputs.image_sizes is not None:
+            packed_masks = [pad_to_stride(planes, config.feature_strides[-1]) for planes in packed_masks]
+            extents = outputs.image_sizes / outputs.padded_sizes
+        masks = outputs.mask_embeddings[first:], outputs.pixel_decoder_last_hidden_state
+        return self.criterion(class_logits[first:], *masks, packed_masks, class_labels, extents)
+
+
+def earlier_predictions(
+    class_logits: torch.Tensor, outputs: ProScaleMask2FormerModelOutput
+) -> list[dict[str, torch.Tensor]]:
+    """All predictions but the last, as `auxiliary_logits` has them."""
+    return [
+        {
+            "class_queries_logits": classes,
+            "masks_queries_logits": predict_masks(embeddings, outputs.pixel_decoder_last_hidden_state),
         }
-        return sum(
-            weight * value
-            for name, weight in weights.items()
-            for key, value in loss_dict.items()
-            if key.startswith(name)
-        )
+        for classes, embeddings in zip(class_logits[:-1], outputs.mask_embeddings[:-1], strict=True)
+    ]
 
 
 def auto_map_of_models(config: ProScaleMask2FormerConfig) -> dict[str, str]:
     """What `auto_map` says about this file's classes."""
     names = config.auto_classes
     return {auto_class: reference(globals()[name]) for auto_class, name in names.items()}
-
-
-def true_image_sizes(pixel_mask: torch.Tensor) -> torch.Tensor:
-    """(batch, height, width) mask, 1 = image -> (batch, 2) int64 height and width of each image, at least 1."""
-    real = pixel_mask != 0
-    return torch.stack((real.any(2).sum(1), real.any(1).sum(1)), dim=1).clamp(min=1)
-
-
-def check_pixels(pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) -> None:
-    """Refuse inputs that cannot be an image batch.
-
-    Raises:
-        ValueError: see there.
-    """
-    if pixel_values.ndim != 4 or 0 in pixel_values.shape:
-        raise ValueError(
-            f"`pixel_values` must be (batch, channels, height, width) and not empty, got {tuple(pixel_values.shape)}."
-        )
-    if pixel_mask is not None and pixel_mask.shape != (pixel_values.shape[0], *pixel_values.shape[-2:]):
-        raise ValueError(
-            f"`pixel_mask` must be (batch, height, width) of `pixel_values` {tuple(pixel_values.shape)}, "
-            f"got {tuple(pixel_mask.shape)}."
-        )
-
-
-def check_labels(
-    mask_labels: list[torch.Tensor] | None,
-    packed_masks: list[torch.Tensor] | None,
-    class_labels: list[torch.Tensor] | None,
-    pixel_values: torch.Tensor,
-) -> None:
-    """Refuse labels that do not fit each other or the batch. Which classes there are is checked by the loss.
-
-    Raises:
-        ValueError: see there.
-    """
-    if mask_labels is not None and packed_masks is not None:
-        raise ValueError("Give `mask_labels` or `packed_masks`, not both.")
-    name, masks = ("mask_labels", mask_labels) if packed_masks is None else ("packed_masks", packed_masks)
-    if (masks is None) != (class_labels is None):
-        raise ValueError(f"`{name}` and `class_labels` belong together: give both or neither.")
-    if masks is None:
-        return
-    if not len(masks) == len(class_labels) == len(pixel_values):
-        raise ValueError(
-            f"`{name}` and `class_labels` need one entry per image: got {len(masks)} and {len(class_labels)} "
-            f"for a batch of {len(pixel_values)}."
-        )
-    for i, (image_masks, classes) in enumerate(zip(masks, class_labels, strict=True)):
-        if classes.ndim != 1 or classes.is_floating_point() or classes.dtype == torch.bool:
-            raise ValueError(
-                f"Image {i}: `class_labels` must be integers of shape (objects,), "
-                f"got {classes.dtype} of shape {tuple(classes.shape)}."
-            )
-        if packed_masks is None:
-            is_right, wanted = len(image_masks) == len(classes), f"({len(classes)} objects, height, width)"
-        else:
-            planes = number_of_planes(len(classes))
-            is_right = len(image_masks) == planes and image_masks.dtype == torch.uint8
-            wanted = f"uint8 ({planes} planes for {len(classes)} objects, height, width)"
-        if image_masks.ndim != 3 or not is_right:
-            raise ValueError(
-                f"Image {i}: `{name}` must be {wanted} to go with `class_labels`, "
-                f"got {image_masks.dtype} of shape {tuple(image_masks.shape)}."
-            )
-        if image_masks.shape[-2:] != pixel_values.shape[-2:]:
-            raise ValueError(
-                f"Image {i}: `{name}` are {image_masks.shape[-2]} x {image_masks.shape[-1]}, but the padded batch is "
-                f"{pixel_values.shape[-2]} x {pixel_values.shape[-1]}: resize and pad masks as the images."
-            )
 
 
 __all__ = [

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from proscale_hf.encoders.choice import ENCODER_CLASSES
+from proscale_hf.encoders.configuration import NORM_GROUPS
 from proscale_hf.layers.position_embedding import sine_position_embedding
-from proscale_hf.models.mask2former.configuration_proscale_mask2former import NORM_GROUPS, ProScaleMask2FormerConfig
+from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
 
 
 @dataclass
@@ -56,6 +58,10 @@ class PixelDecoder(nn.Module):
                 _pixel_embedding(config.pixel_embedding, channels), nn.GroupNorm(NORM_GROUPS, channels), nn.ReLU()
             )
         self.mask_projection = nn.Conv2d(channels, config.mask_feature_size, kernel_size=1)
+
+    def reset_parameters(self) -> None:
+        """The embedding of a level tells its tokens from others, so it begins at random."""
+        init.normal_(self.level_embed)
 
     def forward(self, backbone_maps: tuple[torch.Tensor, ...]) -> PixelDecoderOutput:
         """

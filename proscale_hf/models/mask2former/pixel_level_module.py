@@ -9,12 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.backbone_utils import load_backbone
 from transformers.utils import ModelOutput
 
-from proscale_hf.backbones.mvit_windows import use_hybrid_windows
-from proscale_hf.backbones.swin_mlp import use_lean_mlp
-from proscale_hf.backbones.swin_strips import use_strips
+from proscale_hf.backbones.loading import freeze, load_backbone
 from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
 from proscale_hf.models.mask2former.pixel_decoder import PixelDecoder
 
@@ -44,33 +41,15 @@ class PixelLevelModule(nn.Module):
         super().__init__()
         self.strides = tuple(config.feature_strides)
         self.encoder_strides = config.encoder_strides
-        self.encoder = load_backbone(config)
-        use_hybrid_windows(self.encoder)
-        use_strips(self.encoder)
-        use_lean_mlp(self.encoder)
-        if len(self.encoder.channels) != len(self.strides):
-            raise ValueError(
-                f"The backbone gives {len(self.encoder.channels)} feature maps, but `feature_strides` names "
-                f"{len(self.strides)}: set `out_features` or `out_indices` in `backbone_config`."
-            )
+        self.encoder = load_backbone(config, self.strides)
         self.decoder = PixelDecoder(config, self.encoder.channels)
         self.freeze_batch_norm = config.freeze_backbone_batch_norm
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "PixelLevelModule":
-        """Frozen batch norms stay in evaluation mode and without gradient (loading weights replaces parameters).
-
-        The norm that Swin has for its classifier is without gradient too: it is not used here, and several processes
-        that train would wait for its gradient.
-        """
+        """As in PyTorch, but for what is frozen in the backbone."""
         super().train(mode)
-        for name, parameter in self.encoder.named_parameters():
-            if name.startswith("swin.layernorm."):
-                parameter.requires_grad_(False)
-        if self.freeze_batch_norm:
-            for module in self.encoder.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval().requires_grad_(False)
+        freeze(self.encoder, self.freeze_batch_norm)
         return self
 
     def forward(

@@ -28,6 +28,7 @@ from proscale_hf.encoders.choice import ENCODER_CLASSES
 from proscale_hf.encoders.rt import ConvolutionNorm
 from proscale_hf.layers.deformable_encoder import AttentionLogits, SamplingOffsets
 from proscale_hf.models.mask2former.mask_decoder import MaskedCrossAttention, MaskEmbedderLinear
+from proscale_hf.models.padding import pad_to_stride
 from proscale_hf.processing.packed_masks import pack_masks
 
 
@@ -380,11 +381,11 @@ def test_a_batch_of_any_size_is_padded_to_the_stride(changes):
     assert difference(together[1][1, :, :height, :width], alone[1][0]) < 1e-4
 
     given = labels((2, 1), 33, 65)
-    padded = [model.pad_to_stride(masks) for masks in given["mask_labels"]]
+    padded = [pad_to_stride(masks, 32) for masks in given["mask_labels"]]
     losses = []
     for masks, image, mask in (
         (given["mask_labels"], pixel_values, pixel_mask),
-        (padded, model.pad_to_stride(pixel_values), model.pad_to_stride(pixel_mask)),
+        (padded, pad_to_stride(pixel_values, 32), pad_to_stride(pixel_mask, 32)),
     ):
         torch.manual_seed(0)
         losses.append(model(image, masks, given["class_labels"], mask).loss)

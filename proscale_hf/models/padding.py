@@ -1,0 +1,77 @@
+"""What models know of the padding in a batch: found out once per call, before anything is computed."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+class ImageBatch(NamedTuple):
+    """
+    Attributes:
+        pixel_values: (batch, channels, height, width), as they came, or padded to a multiple of the stride.
+        padded_sizes: (batch, 2) int64, height and width of `pixel_values`, once for each image.
+        image_sizes: (batch, 2) int64, height and width of each image without padding; None if no mask says it.
+        sizes_alone: (batch, 2) int64, what each image would be padded to if it were alone; None where padding counts
+            as image.
+    """
+
+    pixel_values: torch.Tensor
+    padded_sizes: torch.Tensor
+    image_sizes: torch.Tensor | None
+    sizes_alone: torch.Tensor | None
+
+
+def prepare_images(
+    pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None, stride: int, is_image_alone: bool
+) -> ImageBatch:
+    """
+    Check a batch of images, and find out what in it is padding.
+
+    Args:
+        pixel_values: (batch, channels, height, width).
+        pixel_mask: (batch, height, width), 1 = image, 0 = padding at the bottom and right.
+        stride: of the coarsest map.
+        is_image_alone: with a mask, images are to be treated as if each were alone, padded to the stride; the batch is
+            padded to the stride too then.
+
+    Raises:
+        ValueError: an empty batch, or sizes that do not agree.
+    """
+    check_pixels(pixel_values, pixel_mask)
+    image_sizes = None if pixel_mask is None else true_image_sizes(pixel_mask)
+    sizes_alone = None
+    if image_sizes is not None and is_image_alone:
+        pixel_values = pad_to_stride(pixel_values, stride)
+        sizes_alone = -(-image_sizes // stride) * stride
+    padded_size = torch.tensor(pixel_values.shape[-2:], device=pixel_values.device)
+    return ImageBatch(pixel_values, padded_size.repeat(len(pixel_values), 1), image_sizes, sizes_alone)
+
+
+def pad_to_stride(maps: torch.Tensor, stride: int) -> torch.Tensor:
+    """Pad (..., height, width) with 0 at the bottom and right to multiples of the stride."""
+    height, width = maps.shape[-2:]
+    return nn.functional.pad(maps, (0, -width % stride, 0, -height % stride))
+
+
+def true_image_sizes(pixel_mask: torch.Tensor) -> torch.Tensor:
+    """(batch, height, width) mask, 1 = image -> (batch, 2) int64 height and width of each image, at least 1."""
+    real = pixel_mask != 0
+    return torch.stack((real.any(2).sum(1), real.any(1).sum(1)), dim=1).clamp(min=1)
+
+
+def check_pixels(pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) -> None:
+    """Refuse inputs that cannot be an image batch.
+
+    Raises:
+        ValueError: one line that says which sizes there are, and which are right.
+    """
+    if pixel_values.ndim != 4 or 0 in pixel_values.shape:
+        raise ValueError(
+            f"`pixel_values` must be (batch, channels, height, width) and not empty, got {tuple(pixel_values.shape)}."
+        )
+    if pixel_mask is not None and pixel_mask.shape != (pixel_values.shape[0], *pixel_values.shape[-2:]):
+        raise ValueError(
+            f"`pixel_mask` must be (batch, height, width) of `pixel_values` {tuple(pixel_values.shape)}, "
+            f"got {tuple(pixel_mask.shape)}."
+        )
