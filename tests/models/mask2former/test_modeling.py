@@ -285,7 +285,7 @@ def test_frozen_batch_norm_survives_loading(tmp_path):
 def test_each_term_has_its_own_weight():
     model = tiny_model(class_weight=3.0, mask_weight=7.0, dice_weight=11.0)
     terms = {"loss_cross_entropy": 1.0, "loss_mask": 10.0, "loss_dice": 100.0, "loss_dice_0": 1000.0}
-    assert model.weighted_sum(terms) == 3 + 70 + 1100 + 11000
+    assert model.criterion.weighted_sum(terms) == 3 + 70 + 1100 + 11000
 
 
 @pytest.mark.parametrize(
