@@ -97,7 +97,7 @@ def test_what_the_page_says_about_other_tables_and_figures():
     recalibration = model.total_gflops - cost("proscale-swin-t-coco", coco, token_recalibration="none").total_gflops
     convolution = cost("proscale-swin-t-coco", coco, pixel_embedding="conv").encoder_gflops
     page = (ROOT / "docs" / "paper.md").read_text()
-    assert f"costs {c1:.1f}, and" in page and f"costs {c2:.1f} |" in page
+    assert f"costs {c1:.1f}." in page and f"costs {c2:.1f}." in page
     assert f"| {shares[0]}, {shares[1]} |" in page
     assert f"| 0.006 | {recalibration:.3f} |" in page
     assert f"| {1 - model.encoder_gflops / convolution:.0%} less |".replace("%", " %") in page
