@@ -1,5 +1,6 @@
-"""README and docs are true: Python snippets run, commands exist with their options, and files named are there."""
+"""README and docs are true: Python snippets run, commands exist with their options, and all that is named exists."""
 
+import ast
 import itertools
 import os
 import re
@@ -18,14 +19,14 @@ FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OPTION = re.compile(r"--[\w-]+")
 
 
-NEED_TORCHVISION = {"augmentation.md", "fine_tuning.md", "training.md"}
-without_torchvision = pytest.mark.skipif(find_spec("torchvision") is None, reason="training needs torchvision")
+NEED_TORCHVISION = re.compile(r"AutoImageProcessor|proscale_hf\.(data\.augmentation|training)")
+without_torchvision = pytest.mark.skipif(find_spec("torchvision") is None, reason="the snippet needs torchvision")
 
 
 def blocks(language: str) -> list:
     return [
         pytest.param(
-            code, id=f"{page.name}-{number}", marks=[without_torchvision] if page.name in NEED_TORCHVISION else []
+            code, id=f"{page.name}-{number}", marks=[without_torchvision] if NEED_TORCHVISION.search(code) else []
         )
         for page in PAGES
         for number, (found, code) in enumerate(FENCE.findall(page.read_text()))
@@ -90,17 +91,69 @@ def check_options(words: list[str]) -> None:
     assert all((ROOT / word).exists() for word in read)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_named_files_and_classes_exist(page):
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+PATH = re.compile(r"(?:proscale_hf|tests|examples|docs|convert|kernels)(?:/[\w.-]+)+")
+RECIPE = re.compile(r"\w+\.yaml")
+DOTTED_NAME = re.compile(r"\b(?:proscale_hf|convert)(?:\.[A-Za-z_]\w*)+")
+IMPORT = re.compile(r"^from (proscale_hf[\w.]*) import (\([^)]*\)|.*)$", re.MULTILINE)
+OF_OTHERS = {"Trainer", "TrainingArguments", "Mask2FormerForUniversalSegmentation"}
+
+
+@each_page
+def test_named_files_exist(page):
     text = page.read_text()
-    for name in re.findall(r"`((?:proscale_hf|tests|examples|docs|convert)/[\w./-]+)`", text):
-        assert (ROOT / name).exists(), name
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
-        assert (page.parent / target).exists(), target
+    for name in re.findall(r"`([^`\n]+)`", text):
+        if PATH.fullmatch(name):
+            assert (ROOT / name).exists(), name
+        if RECIPE.fullmatch(name):
+            assert list((ROOT / "examples" / "configs").rglob(name)), name
+    for name, path in re.findall(r"`(\w+)` in `(proscale_hf/[\w/]+\.py)`", text):
+        assert re.search(rf"\b(class|def) {name}\b", (ROOT / path).read_text()), f"{name} in {path}"
+
+
+@each_page
+def test_named_classes_modules_and_functions_exist(page):
+    text = page.read_text()
     sources = "".join(path.read_text() for path in (ROOT / "proscale_hf").rglob("*.py"))
     for name in re.findall(r"`([A-Z]\w*[a-z]\w*)`", text):
-        known = re.search(rf"\b{name}\b", sources)
-        assert known or name in ("Trainer", "TrainingArguments", "Mask2FormerForUniversalSegmentation"), name
+        assert name in OF_OTHERS or re.search(rf"\b{name}\b", sources), name
+    imported = [
+        f"{module}.{name}" for module, names in IMPORT.findall(text) for name in re.findall(r"\w+", names.split("#")[0])
+    ]
+    for name in [*DOTTED_NAME.findall(text), *imported]:
+        assert is_defined(name), name
+
+
+def is_defined(name: str) -> bool:
+    """Whether a dotted name leads to a module, or to something that a module defines. Nothing is imported."""
+    path, names = ROOT, name.split(".")
+    while names and (path / names[0]).is_dir():
+        path /= names.pop(0)
+    path /= f"{names.pop(0)}.py" if names and (path / f"{names[0]}.py").exists() else "__init__.py"
+    scope = ast.parse(path.read_text()) if path.exists() else None
+    for name in names:
+        scope = scope and next((node for node in ast.walk(scope) if name in names_of(node)), None)
+    return scope is not None
+
+
+def names_of(node: ast.AST) -> set[str | None]:
+    """What a definition, an import or an assignment calls its object."""
+    is_assigned = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    return {getattr(node, "name", None), getattr(node, "asname", None), node.id if is_assigned else None}
+
+
+@each_page
+def test_links_lead_to_a_file_and_a_heading(page):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked.read_text()), f"{target}#{anchor}"
+
+
+def anchors(page: str) -> set[str]:
+    """The names that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_the_readme_has_the_numbers_of_the_performance_page():
