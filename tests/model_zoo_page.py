@@ -25,19 +25,19 @@ DATASETS = {  # title, and the height and width that costs are given for
 }
 HEAD = """# Model zoo
 
-`from_pretrained` of model, configuration and image processor knows the names on this page. Each stands for a checkpoint that
-its authors published. **None of them is on the Hub yet**: convert the checkpoint ([conversion](conversion.md)), and give the
-folder the name.
+`from_pretrained` of model, configuration and image processor knows the names on this page. Each stands for a checkpoint
+that its authors published. **None of them is on the Hub yet**: convert the checkpoint ([conversion](conversion.md)),
+and give the folder the name.
 
 - A local folder of that name comes first, then the repository in the project's namespace on the Hub.
   `PROSCALE_HUB_NAMESPACE` names another namespace.
 - transformers' Auto classes and pipelines do not know these names. Give them `proscale_hf.hub.names.resolve(name)`.
 - Accuracy is what the authors published for the checkpoint, in percent: [PRO-SCALE]({proscale})
   with [the paper]({paper})'s in brackets, and [Mask2Former]({mask2former}).
-- Cost is counted here (`proscale_hf/cost.py`): GFLOPs of one image in the papers' convention, where a multiply-add counts 1,
-  and parameters.
-- Licences of the weights: PRO-SCALE's are for non-commercial evaluation and must not be redistributed; Mask2Former's are
-  CC BY-NC 4.0. Neither is the licence of this package.
+- Cost is counted here (`proscale_hf/cost.py`): GFLOPs of one image in the papers' convention, where a multiply-add
+  counts 1, and parameters.
+- Licences of the weights: PRO-SCALE's are for non-commercial evaluation and must not be redistributed; Mask2Former's
+  are CC BY-NC 4.0. Neither is the licence of this package.
 """
 
 

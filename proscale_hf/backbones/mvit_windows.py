@@ -1,8 +1,9 @@
 """Hybrid window attention in timm's MViTv2 (https://arxiv.org/abs/2112.01526, section 4.3), for images of any size.
 
 timm's modules take images of at most 224 x 224, and attend over whole maps. As in MViTv2's detectors, most blocks here
-attend in windows, of the size that the weights were trained with. The last block of each stage but the first still sees
-the whole map; in two of these, keys and values are pooled once more. Names and shapes of the weights stay timm's.
+attend in windows, whose size is the one that the weights were trained with. The last block of each stage, except in the
+first stage, attends over the whole map; in two of these blocks keys and values are pooled once more. Names and shapes
+of the weights stay timm's.
 """
 
 import torch
@@ -41,8 +42,8 @@ class HybridWindowAttention(nn.Module):
     """Pooling attention in windows, or over the whole map.
 
     Args:
-        attention: timm's `MultiScaleAttention`, whose parts are taken over.
-        window: side of a window in the map that comes in; None for the whole map.
+        attention: timm's `MultiScaleAttention`, whose parts this module takes over.
+        window: side of a window in the incoming map; None for the whole map.
     """
 
     def __init__(self, attention: nn.Module, window: int | None):
@@ -78,7 +79,7 @@ class HybridWindowAttention(nn.Module):
         return self.proj(attended), [height, width]
 
     def _attend(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """(batch * heads, height, width, channels) each; the result is in the shape of `queries`."""
+        """(batch * heads, height, width, channels) each -> the same, with the height and width of `queries`."""
         size, key_size = tuple(queries.shape[1:3]), tuple(keys.shape[1:3])
         window, key_window = size, key_size
         if self.window is not None:
@@ -97,7 +98,7 @@ class HybridWindowAttention(nn.Module):
         return from_windows(attended, size)
 
     def _position_scores(self, queries: torch.Tensor, key_size: tuple[int, int]) -> torch.Tensor:
-        """(windows, queries, keys): what the distances along both axes add, for (windows, height, width, channels)."""
+        """(windows, height, width, channels) queries -> (windows, queries, keys) scores for distances on both axes."""
         rows = relative_positions(self.rel_pos_h, queries.shape[1], key_size[0])
         columns = relative_positions(self.rel_pos_w, queries.shape[2], key_size[1])
         by_row = torch.einsum("nhwc,hkc->nhwk", queries, rows)
@@ -107,10 +108,12 @@ class HybridWindowAttention(nn.Module):
 
 def relative_positions(table: torch.Tensor, num_queries: int, num_keys: int) -> torch.Tensor:
     """
+    Look up an entry for each pair of a query and a key on one axis.
+
     Args:
-        table: (distances, channels), resized if that is not the number of distances there are.
-        num_queries: positions of the queries along an axis.
-        num_keys: positions of the keys along the same stretch.
+        table: (distances, channels), resized if the axis has another number of distances.
+        num_queries: number of queries along the axis.
+        num_keys: number of keys along the same length.
 
     Returns:
         (num_queries, num_keys, channels): the entry for the distance of each query and key.
@@ -134,7 +137,7 @@ def to_windows(maps: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
 
 
 def from_windows(windows: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(maps * windows, height, width, channels) -> (maps, *size, channels): `to_windows` undone."""
+    """(maps * windows, height, width, channels) -> (maps, *size, channels): the reverse of `to_windows`."""
     rows, columns = (-(-length // side) for length, side in zip(size, windows.shape[1:3], strict=True))
     maps = windows.unflatten(0, (-1, rows, columns)).transpose(2, 3)  # (maps, rows, height, columns, width, channels)
     return maps.flatten(3, 4).flatten(1, 2)[:, : size[0], : size[1]]

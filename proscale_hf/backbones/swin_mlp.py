@@ -1,7 +1,7 @@
-"""transformers' Swin in training: its feed-forward blocks keep half as much for the backward pass.
+"""Feed-forward blocks of transformers' Swin that keep half as much for the backward pass in training.
 
-A linear layer keeps its input, here what GELU gave, and GELU keeps its own: the largest tensors of the backbone, twice.
-One of them is enough, GELU is cheap to do again.
+The second linear layer keeps its input, which is GELU's output, and GELU keeps its input. These are the largest tensors
+of the backbone. GELU's input is enough: its output is cheap to compute again.
 """
 
 from typing import Any
@@ -15,14 +15,14 @@ from proscale_hf.layers.linear import Linear, OneDNNLinear, linear, linear_gradi
 
 
 def use_lean_mlp(backbone: nn.Module) -> None:
-    """Make the feed-forward blocks of transformers' Swin, wherever they are in a module, those of this file."""
+    """Turn every feed-forward block of transformers' Swin in a module into the one of this file."""
     for module in backbone.modules():
         if type(module) is SwinMLP:
             module.__class__ = LeanSwinMLP
 
 
 class LeanSwinMLP(SwinMLP):
-    """transformers' `SwinMLP`."""
+    """transformers' `SwinMLP`, which keeps less for the backward pass."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, channels) -> the same."""
@@ -36,24 +36,24 @@ class LeanSwinMLP(SwinMLP):
 
 
 def is_untouched(layer: nn.Module) -> bool:
-    """Whether calling it is no more than its weights' product: no adapter, hook or quantisation has been put on it."""
+    """Whether a call is the product with the weights and nothing else, without adapter, hook or quantisation."""
     hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
     return type(layer) is Linear and "forward" not in vars(layer) and not any(hooks)
 
 
 class LinearOfGelu(OneDNNLinear):
-    """A linear layer of GELU. What is kept is GELU's input alone, from which its output is computed again."""
+    """GELU and a linear layer. Only GELU's input is kept, and its output is computed again from that."""
 
     @staticmethod
     def forward(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """
         Args:
             inputs: (rows, in_features).
-            weight: (out_features, in_features); under autocast of another type than the inputs.
+            weight: (out_features, in_features); under autocast its type is not that of the inputs.
             bias: (out_features,).
 
         Returns:
-            (rows, out_features), of the inputs' type.
+            (rows, out_features), in the inputs' type.
         """
         return linear(nn.functional.gelu(inputs), weight.to(inputs.dtype), bias.to(inputs.dtype))
 

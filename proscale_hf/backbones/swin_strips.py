@@ -1,8 +1,8 @@
-"""A faster way through transformers' Swin (https://arxiv.org/abs/2103.14030) at inference on the CPU.
+"""Faster layers for transformers' Swin (https://arxiv.org/abs/2103.14030) at inference on the CPU.
 
-A layer takes a few rows of windows through all its steps before it takes the next ones, so that what is in between
-stays in the cache; transformers' own code makes some thirty tensors of the whole map. Weights, their names and the
-results are the same. In training, on accelerators and in compiled graphs transformers' code runs.
+A layer takes a few rows of windows through all its steps before it takes the next rows, so intermediate tensors stay in
+the cache; transformers' own code makes some thirty tensors of the whole map. Weights, their names and the results are
+the same. In training, on accelerators and in compiled graphs transformers' code runs.
 """
 
 import torch
@@ -10,12 +10,12 @@ from torch import nn
 from transformers.models.swin.modeling_swin import SwinLayer, SwinPatchMerging
 
 
-CPU_TOKENS = 4096  # that are worked on at once, roughly
+CPU_TOKENS = 4096  # worked on at once, roughly
 NOT_ATTENDED = -100.0  # added to the logits of tokens that do not belong together; transformers' value
 
 
 def use_strips(backbone: nn.Module) -> None:
-    """Make the layers of transformers' Swin, wherever they are in a module, those of this file."""
+    """Turn every layer of transformers' Swin in a module into the one of this file."""
     replacements = {SwinLayer: SwinLayerInStrips, SwinPatchMerging: SwinPatchMergingInStrips}
     for module in backbone.modules():
         if type(module) in replacements:
@@ -34,7 +34,7 @@ def goes_in_strips(module: nn.Module, tokens: torch.Tensor) -> bool:
 
 
 class SwinLayerInStrips(SwinLayer):
-    """transformers' `SwinLayer`."""
+    """transformers' `SwinLayer`, in strips where that is possible."""
 
     def forward(
         self, hidden_states: torch.Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs
@@ -43,11 +43,11 @@ class SwinLayerInStrips(SwinLayer):
         Args:
             hidden_states: (batch, height * width, channels).
             input_dimensions: height and width.
-            always_partition: attend in windows of the configured size however small the map is, as backbones do.
+            always_partition: attend in windows of the configured size even if the map is smaller, as backbones do.
             **kwargs: for transformers' own code.
 
         Returns:
-            (batch, height * width, channels), and attention weights where transformers' own code gives them.
+            (batch, height * width, channels), and attention weights or None; only transformers' own code gives weights.
         """
         uses_sdpa = self.attention.config._attn_implementation == "sdpa"
         if not (goes_in_strips(self, hidden_states) and always_partition and uses_sdpa):
@@ -59,7 +59,7 @@ class SwinLayerInStrips(SwinLayer):
         window_rows = -(-height // self.window_size)
         rows_at_once = max(1, CPU_TOKENS // (len(maps) * width * self.window_size))
         for window_row in torch.arange(window_rows).split(rows_at_once):
-            # Shifted windows at the bottom go on at the top; beyond the image there is padding.
+            # Shifted windows at the bottom continue at the top; rows beyond the image are padding.
             rows = (window_row[:, None] * self.window_size + torch.arange(self.window_size)).flatten() + self.shift_size
             rows = rows % (window_rows * self.window_size)
             is_image = rows < height
@@ -72,13 +72,15 @@ class SwinLayerInStrips(SwinLayer):
 
     def _attend(self, strip: torch.Tensor, biases: torch.Tensor, is_bottom: torch.Tensor) -> torch.Tensor:
         """
+        Attend inside of the windows.
+
         Args:
             strip: (batch, rows, width, channels), rows of whole windows.
             biases: see `_biases`.
-            is_bottom: (window rows,) bool, which of the windows are the map's last.
+            is_bottom: (window rows,) bool, whether a row of windows is the last one of the map.
 
         Returns:
-            What the windows' attention gives, in the shape of `strip`.
+            The attention's result, in the shape of `strip`.
         """
         side, attention = self.window_size, self.attention
         width = strip.shape[2]
@@ -100,10 +102,10 @@ class SwinLayerInStrips(SwinLayer):
         return attended.roll(self.shift_size, 2)[:, :, :width]
 
     def _biases(self) -> torch.Tensor:
-        """(1 or 4, heads, side * side, side * side): what is added to a window's logits.
+        """(1 or 4, heads, side * side, side * side): the biases that are added to a window's logits.
 
-        With a shift there are four kinds of windows: inner ones, those at the right, at the bottom, and at both. The
-        latter hold two or four parts of the map, which do not attend to each other.
+        With a shift there are four kinds of windows: inside, at the right, at the bottom, and at both. Those at an edge
+        hold two or four parts of the map, which do not attend to each other.
         """
         biases = self.attention.relative_position_bias()
         if not self.shift_size:
@@ -119,7 +121,7 @@ class SwinLayerInStrips(SwinLayer):
 
 
 class SwinPatchMergingInStrips(SwinPatchMerging):
-    """transformers' `SwinPatchMerging`."""
+    """transformers' `SwinPatchMerging`, in strips where that is possible."""
 
     def forward(self, input_feature: torch.Tensor, input_dimensions: tuple[int, int]) -> torch.Tensor:
         """

@@ -1,9 +1,8 @@
-"""Which numbers of layers (p1, p2, p3) fit a budget of GFLOPs or of time on this machine.
+"""Finds the numbers of layers (p1, p2, p3) that fit a budget of GFLOPs or of time on this machine.
 
-All layers of a stage cost the same, so the costs of all configurations follow from one more layer in each stage. Times
-are measured for a few configurations, in turns, so that what slows the machine down for a while slows all of them. The
-times of the others are estimated: a base and a time per layer for each stage, none negative, fitted to what was
-measured.
+All layers of a stage cost the same, so the cost of one more layer in each stage gives the costs of all configurations.
+A few configurations are timed, in turns: if the machine is slow for a while, it is slow for all of them. The times of
+the others are estimated: a base and a time per layer for each stage, none negative, are fitted to the measured times.
 """
 
 import itertools
@@ -35,11 +34,11 @@ class Choice:
     Attributes:
         encoder_stage_layers: (p1, p2, p3), the layers of each stage.
         total_gflops: of one image, see [`Cost`].
-        encoder_gflops: the pixel decoder's part of it.
+        encoder_gflops: the pixel decoder's part of `total_gflops`.
         parameters_millions: of the whole model.
         milliseconds: of a forward pass with one image.
-        spread: half the distance between the quartiles of the times measured, relative to their median, which
-            `milliseconds` is; None where it is an estimate.
+        spread: half the distance between the quartiles of the measured times, relative to their median, which is
+            `milliseconds`; None where `milliseconds` is an estimate.
         is_full: one more layer in any stage breaks the budget (or the limit of layers).
     """
 
@@ -65,7 +64,7 @@ def choose(
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Choice]:
     """
-    Find what fits both budgets.
+    Find the configurations that fit both budgets.
 
     Args:
         config: the model, whose `encoder_stage_layers` are left open.
@@ -75,17 +74,17 @@ def choose(
         milliseconds: the most that a forward pass with one image may take.
         max_layers: the most layers that a stage may have.
         timed: how many of the configurations that fit are timed, the fullest and costliest first.
-        rounds: forward passes of each that are timed; the median counts.
-        prepare: called with the model that is timed, to put it where and how it is to run, such as
+        rounds: timed forward passes of each configuration; the median counts.
+        prepare: called with the model before it is timed, to move it to its device and type, such as
             `lambda model: model.to("cuda", torch.bfloat16)`.
         report: called with a line that says how long the measurements will take.
 
     Returns:
-        The full ones first, then the others; each with the costliest first.
+        The full ones, then the others; in both groups the costliest comes first.
 
     Raises:
-        ValueError: nothing fits; the message says what the smallest costs. Or the encoder is not PRO-SCALE's, or an
-            argument is not possible.
+        ValueError: nothing fits, and the message says what the smallest costs; or the encoder is not PRO-SCALE's; or
+            an argument is not possible.
     """
     if config.encoder != "proscale":
         raise ValueError(f"only the encoder 'proscale' has stages to choose, this is {config.encoder!r}")
@@ -104,7 +103,7 @@ def choose(
     measured: dict[Stages, list[float]] = {}
 
     def measure(candidates: Iterable[Stages]) -> dict[Stages, float]:
-        """The times of all that are affordable, after more of them were measured."""
+        """Measure more configurations; returns the times of all affordable ones, estimated where not measured."""
         new = [stages for stages in candidates if stages not in measured]
         measured.update(timer.measure(new, rounds, report))
         medians = {stages: statistics.median(found) for stages, found in measured.items()}
@@ -141,6 +140,8 @@ def count_costs(
     config: ProScaleMask2FormerConfig, height: int, width: int, max_layers: int
 ) -> dict[Stages, tuple[float, float, float]]:
     """
+    Count what every configuration costs.
+
     Args:
         config: the model, whose `encoder_stage_layers` are left open.
         height: of the image in pixels.
@@ -166,12 +167,14 @@ def count_costs(
 
 def fit_times(times: dict[Stages, float], stages: Iterable[Stages]) -> dict[Stages, float]:
     """
+    Estimate times from measured ones.
+
     Args:
-        times: what was measured.
+        times: measured times.
         stages: configurations to estimate.
 
     Returns:
-        For each of `stages` the time by a base and a time per layer in each stage, none negative.
+        For each of `stages` its time: a base and a time per layer in each stage, none negative, fitted to `times`.
     """
     coefficients, _ = nnls(np.array([(1, *measured) for measured in times], dtype=float), np.array([*times.values()]))
     return {one: float(np.dot((1, *one), coefficients)) for one in stages}
@@ -185,7 +188,7 @@ class ForwardTimer:
         height: of the image in pixels.
         width: as `height`.
         max_layers: the most layers that a stage may have.
-        prepare: called with the model, to put it where and how it is to run.
+        prepare: called with the model, to move it to its device and type.
     """
 
     def __init__(
@@ -208,10 +211,12 @@ class ForwardTimer:
         self, candidates: Sequence[Stages], rounds: int, report: Callable[[str], None]
     ) -> dict[Stages, list[float]]:
         """
+        Time some configurations.
+
         Args:
             candidates: the configurations, which take turns.
             rounds: passes of each that count.
-            report: called with a line that says how long it will take at most.
+            report: called with a line that says how long this takes at most.
 
         Returns:
             The times of each in milliseconds.

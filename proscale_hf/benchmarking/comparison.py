@@ -1,6 +1,6 @@
-"""Measures models in turns, so that what slows the machine down for a while slows all of them.
+"""Measures models in turns: if the machine is slow for a while, it is slow for all of them.
 
-Each model lives in a process of its own, which makes its peak memory its own.
+Each model runs in a process of its own, so its peak memory has nothing of the others.
 """
 
 import multiprocessing
@@ -35,7 +35,7 @@ class Measurement:
         candidate: the model.
         times: seconds of each step.
         stages: seconds of each step's parts, by name.
-        peak_memory: bytes that a step takes beyond what was there before it.
+        peak_memory: bytes that a step takes at most, beyond those in use before it.
     """
 
     candidate: Candidate
@@ -79,8 +79,8 @@ def compare(
 
     Args:
         candidates: the models.
-        workload: what each of them is given.
-        repeats: steps of each model that count, after two that do not.
+        workload: what each model is given.
+        repeats: steps of each model that count, after two that do not count.
         report: called with a line of progress now and then.
 
     Returns:
@@ -113,7 +113,7 @@ def _answer(connection: Connection, candidate: Candidate) -> Step:
     try:
         answer = connection.recv()
     except EOFError:
-        raise RuntimeError(f"{candidate} ended without a word; was there enough memory?") from None
+        raise RuntimeError(f"{candidate} ended without an error message; there may be too little memory") from None
     if isinstance(answer, str):
         raise RuntimeError(f"{candidate} cannot run here: {answer}")
     return answer

@@ -27,12 +27,14 @@ from proscale_hf.models.mask2former.modeling_proscale_mask2former import ProScal
 
 def build(candidate: Candidate, workload: Workload) -> tuple[PreTrainedModel, Any]:
     """
+    Build one model.
+
     Args:
         candidate: which model, with which backend.
-        workload: its size, and the device it is to run on.
+        workload: its size, and the device that it runs on.
 
     Returns:
-        The model, on its device and in its type (in training: float32), and its image processor.
+        The model, on its device and in its type (float32 in training), and its image processor.
     """
     torch.manual_seed(0)
     build_model = {"mask2former": _mask2former, "maskformer": _maskformer, "eomt": _eomt}.get(candidate.model, _ours)

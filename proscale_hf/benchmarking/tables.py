@@ -13,13 +13,15 @@ from proscale_hf.benchmarking.workload import Workload
 
 def to_markdown(comparisons: Sequence[Comparison], command: str) -> str:
     """
+    Write a benchmark's results as Markdown.
+
     Args:
-        comparisons: of `compare`; the last model of each is what the others are compared with.
-        command: the command line, to be repeated by others.
+        comparisons: results of `compare`; the last model of each is the one that the others are compared with.
+        command: the command line, for others to repeat.
 
     Returns:
-        Machine, versions, command, and one row for each model and workload. What differs between the workloads has
-        columns of its own.
+        Machine, versions, command, and one row for each model and workload. Settings that differ between the workloads
+        have columns of their own.
     """
     stages = list(dict.fromkeys(stage for c in comparisons for m in c.measurements for stage in m.stages))
     settings = [settings_of(comparison.workload) for comparison in comparisons]
@@ -49,7 +51,7 @@ def to_markdown(comparisons: Sequence[Comparison], command: str) -> str:
 
 
 def settings_of(workload: Workload) -> dict[str, str]:
-    """What a command line may give several values for, as it is written there."""
+    """The settings that may have several values in a command line, as they are written there."""
     numbers = {name: str(getattr(workload, name)) for name in ("batch", "queries", "objects")}
     return {"size": f"{workload.height}x{workload.width}", **numbers}
 
@@ -78,7 +80,7 @@ def versions(device: str, threads: int = 0) -> dict[str, str]:
 
     Args:
         device: where the model runs.
-        threads: of the CPU; 0: those that PyTorch uses now.
+        threads: of the CPU; 0 means the number that PyTorch uses now.
     """
     import torch
     import transformers
@@ -100,7 +102,7 @@ def versions(device: str, threads: int = 0) -> dict[str, str]:
 
 
 def processor_name() -> str:
-    """The processor's own name for itself, with its widest vector instructions."""
+    """The processor's name, with its widest vector instructions."""
     import torch
 
     try:

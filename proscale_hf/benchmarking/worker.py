@@ -1,4 +1,4 @@
-"""One model in a process of its own: builds it, and runs a step whenever it is told to."""
+"""Runs in a process of its own for each model: builds the model, and runs a step whenever it is told to."""
 
 import threading
 import time
@@ -17,12 +17,12 @@ SAMPLING_INTERVAL = 0.002  # seconds between two looks at the process's memory
 
 @dataclass
 class Step:
-    """What one step took.
+    """Time and memory of one step.
 
     Attributes:
         seconds: of the whole step.
-        stages: seconds of its parts, by name; parts of parts have names with a slash.
-        peak_memory: bytes beyond what was in use before; 0 where it was not measured.
+        stages: seconds of its parts, by name; the name of a part of a part has a slash.
+        peak_memory: bytes beyond those in use before; 0 where memory was not measured.
     """
 
     seconds: float = 0.0
@@ -32,13 +32,13 @@ class Step:
 
 def work(candidate: Candidate, workload: Workload, connection: Connection) -> None:
     """
-    Serve a benchmark.
+    Run steps for a benchmark until it ends.
 
     Args:
         candidate: the model.
         workload: what it is given.
-        connection: sends an empty `Step` when the model is ready, then a `Step` for each bool received (whether to
-            measure memory), or once a string: why it is impossible.
+        connection: gets an empty `Step` when the model is ready, then a `Step` for each bool that it sends (whether to
+            measure memory). If something is impossible, it gets a string that says why, and nothing more.
     """
     try:
         run_step = prepare(candidate, workload)
@@ -96,7 +96,7 @@ class Clock:
     """Times the parts of a step.
 
     Args:
-        device: where the model is; work on an accelerator is waited for at the ends of each part.
+        device: where the model is. On an accelerator the clock waits, at both ends of a part, until all work is done.
     """
 
     def __init__(self, device: str):
@@ -127,7 +127,7 @@ class Clock:
 
 
 def parts_of(model: Any) -> list[tuple[str, Any]]:
-    """The parts that Mask2Former's relatives have in common; others are timed as a whole."""
+    """The parts that models of Mask2Former's kind have; none for other models, which are timed as a whole."""
     module = getattr(getattr(model, "model", None), "pixel_level_module", None)
     if module is None:
         return []
@@ -202,7 +202,7 @@ def training_step(model, processor, candidate, workload, clock, generator) -> Ca
 
 
 def random_pixels(model: Any, workload: Workload, generator: Any) -> Any:
-    """(batch, 3, height, width) noise in the model's type, of the padded size; EoMT gets the square it needs."""
+    """(batch, 3, height, width) noise in the model's type and of the padded size; of EoMT's square size for EoMT."""
     import torch
 
     square = getattr(model.config, "image_size", None)
@@ -211,7 +211,7 @@ def random_pixels(model: Any, workload: Workload, generator: Any) -> Any:
 
 
 def padded_size(workload: Workload) -> tuple[int, int]:
-    """Height and width that hold every image of the batch."""
+    """The least height and width that hold every image of the batch."""
     return tuple(map(max, zip(*workload.image_sizes, strict=True)))
 
 
@@ -226,7 +226,7 @@ def pixel_mask(workload: Workload) -> Any:
 
 
 def confident_class_logits(workload: Workload) -> Any:
-    """(batch, queries, labels + 1): the first `kept` queries are sure of a class, the others of "no object"."""
+    """(batch, queries, labels + 1) logits: the first `kept` queries are sure of a class, the others of "no object"."""
     import torch
 
     best = torch.full((workload.queries,), workload.labels)
@@ -236,7 +236,7 @@ def confident_class_logits(workload: Workload) -> Any:
 
 
 def random_objects(workload: Workload, generator: Any) -> tuple[list[Any], list[Any]]:
-    """Rectangles: masks (objects, height, width) and classes (objects,) of each image."""
+    """Rectangles as labels: for each image masks (objects, height, width) and classes (objects,)."""
     import torch
 
     def spans(length: int) -> Any:
@@ -259,11 +259,11 @@ class Peak:
 @contextmanager
 def peak_memory(device: str, wanted: bool) -> Iterator[Peak]:
     """
-    Measure the memory that something takes at most: the accelerator's own count, or samples of the process's.
+    Measure the most memory in use inside a `with` block, by the accelerator's own count or by samples of the process.
 
     Args:
         device: where the model is.
-        wanted: if not, nothing is measured.
+        wanted: whether to measure at all.
     """
     import torch
 

@@ -26,7 +26,7 @@ class Candidate:
 
     Args:
         model: one of `MODELS`.
-        dtype: one of `DTYPES`: of weights and pixels; in training of autocast, with weights in float32.
+        dtype: one of `DTYPES`, the type of weights and pixels; in training that of autocast, with weights in float32.
         backend: one of `BACKENDS`.
     """
 
@@ -36,14 +36,14 @@ class Candidate:
 
     @classmethod
     def parse(cls, text: str) -> "Candidate":
-        """`"proscale:bfloat16:kernel"`; the type and the backend may be left out.
+        """Read a text such as `"proscale:bfloat16:kernel"`; the type and the backend may be left out.
 
         Raises:
             ValueError: a part is not known; the message names the known ones.
         """
         parts = text.split(":")
         if len(parts) > 3:
-            raise ValueError(f"{text!r} is no model; models look like proscale, or proscale:bfloat16:kernel")
+            raise ValueError(f"{text!r} is no model; write NAME[:TYPE[:BACKEND]], such as proscale:bfloat16:kernel")
         candidate = cls(*parts)
         for name, known in (("model", MODELS), ("dtype", DTYPES), ("backend", BACKENDS)):
             value = getattr(candidate, name)

@@ -2,4 +2,4 @@
 
 
 class ConversionError(ValueError):
-    """What the user gave cannot be converted; the message says why and what would be possible."""
+    """The user's files or options cannot be converted; the message says why, and what is possible."""

@@ -1,8 +1,8 @@
-"""Reads ImageNet backbones, each under its publisher's names, as a start for training the whole model.
+"""Reads ImageNet backbones, each with its publisher's names, as a start for training the whole model.
 
-Names are first rewritten as detectron2's, where the rename table takes over. Names are all that changes: what
-else the publishers do differently (order of the image's channels, place of the strides) has to agree with the
-configuration, and `check_training_conditions` sees to that.
+The publisher's names are first rewritten as detectron2's, and then by the rename table. Only names change. Publishers
+also differ in the order of the image's channels and in the place of the strides; `check_training_conditions` makes
+sure that the configuration agrees with the weights in these.
 """
 
 import re
@@ -25,11 +25,11 @@ class Publisher(NamedTuple):
     One kind of checkpoint.
 
     Attributes:
-        title: What to call it in a message.
+        title: Its name in a message.
         mark: Name of a tensor that only this kind of checkpoint has.
         ignored: Pattern of names that are no part of the backbone.
-        rewritten: (pattern, replacement) pairs that, applied in order, make detectron2's names.
-        conditions: Entries of the configuration that the weights were trained under.
+        rewritten: (pattern, replacement) pairs. Applied in order, they make detectron2's names.
+        conditions: Entries of the configuration that the weights need, since they were trained with them.
     """
 
     title: str
@@ -43,7 +43,7 @@ PUBLISHERS = (
     Publisher(
         title="MSRA's ResNet under Caffe2's names",
         mark="res2_0_branch2a_w",
-        # Its convolutions have no use for a bias, with batch norm behind; detectron2 leaves it out, too.
+        # A convolution before a batch norm has no use for a bias; detectron2 leaves it out, too.
         ignored=r"fc1000_.*|.*_momentum|(conv1|.*_branch\w\w?)_b",
         rewritten=(
             (r"_w$", ".weight"),
@@ -98,7 +98,7 @@ PUBLISHERS = (
     ),
 )
 
-# What no classifier has: Swin's norms of the four outputs, and its last norm, which a backbone never uses.
+# Tensors that no classifier has: Swin's norms of the four outputs, and its last norm, which a backbone never uses.
 WITHOUT_SOURCE = re.compile(r".*\.(hidden_states_norms\.\w+|swin\.layernorm)\.\w+|.*\.num_batches_tracked")
 
 
@@ -111,13 +111,13 @@ def rename_backbone(state: Mapping[str, Tensor], expected: Mapping[str, Tensor])
         expected: State dict of the model.
 
     Returns:
-        The backbone's part of the model's state dict (`model.pixel_level_module.encoder.*`), without the tensors
-        that no classifier has: the norms of Swin's four outputs. Channels of the image are in the checkpoint's
-        order, which `check_training_conditions` compares with the configuration's.
+        The backbone's part of the model's state dict (`model.pixel_level_module.encoder.*`), without the norms of
+        Swin's four outputs, which no classifier has. The image's channels are in the checkpoint's order, which
+        `check_training_conditions` compares with the configuration's.
 
     Raises:
-        ConversionError: the checkpoint is no ImageNet backbone that is known, or tensors are unmapped, missing or
-            misshapen; the message names them.
+        ConversionError: the checkpoint is no known ImageNet backbone, or tensors are unmapped, missing or misshapen;
+            the message names them.
     """
     state = without_wrapper(state)
     publisher = publisher_of(state)
@@ -136,34 +136,34 @@ def rename_backbone(state: Mapping[str, Tensor], expected: Mapping[str, Tensor])
 
 def check_training_conditions(state: Mapping[str, Tensor], config: Detectron2Config) -> None:
     """
-    Make sure that the configuration feeds and strides a backbone as in its training.
+    Make sure that the configuration has the channel order and the strides that a backbone was trained with.
 
     Args:
         state: Tensors by name, as for `rename_backbone`.
-        config: What the model is to be built by.
+        config: The configuration of the model to build.
 
     Raises:
-        ConversionError: the checkpoint is no ImageNet backbone that is known, or an entry has a value under which
-            the weights would compute something else; the message says which value they need.
+        ConversionError: the checkpoint is no known ImageNet backbone, or the weights need another value of an entry;
+            the message says which value.
     """
     publisher = publisher_of(without_wrapper(state))
     wrong = [name for name, value in publisher.conditions.items() if config[name] != value]
     if wrong:
         needed = ", ".join(f"{name} {publisher.conditions[name]}" for name in wrong)
-        raise ConversionError(f"The checkpoint is {publisher.title}: the configuration has to say {needed}.")
+        raise ConversionError(f"The checkpoint is {publisher.title}: the configuration must have {needed}.")
 
 
 def publisher_of(state: Mapping[str, Tensor]) -> Publisher:
-    """Which kind of checkpoint this is; raises `ConversionError` if it is none of `PUBLISHERS`."""
+    """The kind of a checkpoint; raises `ConversionError` if it is none of `PUBLISHERS`."""
     for publisher in PUBLISHERS:
         if publisher.mark in state:
             return publisher
     titles = ", ".join(publisher.title for publisher in PUBLISHERS)
-    raise ConversionError(f"The checkpoint is no ImageNet backbone that is known; known are: {titles}.")
+    raise ConversionError(f"The checkpoint is no known ImageNet backbone; known are: {titles}.")
 
 
 def _with_statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """MSRA's batch norms come as scale and shift, with the statistics worked in: what is left is mean 0, variance 1."""
+    """MSRA's batch norms hold scale and shift, with the statistics worked in: mean 0 and variance 1 complete them."""
     completed = dict(state)
     for name, scale in state.items():
         if name.endswith("_bn_s"):

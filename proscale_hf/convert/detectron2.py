@@ -34,7 +34,7 @@ from proscale_hf.models.mask2former.configuration_proscale_mask2former import Pr
 from proscale_hf.models.mask2former.modeling_proscale_mask2former import ProScaleMask2FormerForUniversalSegmentation
 
 
-# Said of every checkpoint of the original PRO-SCALE code, whose licence covers the weights it is released with.
+# Every checkpoint of the original PRO-SCALE code gets this: the code's licence covers the released weights.
 PROSCALE_WEIGHTS_LICENSE = "other: non-commercial evaluation, without redistribution"
 
 
@@ -48,11 +48,11 @@ def convert_checkpoint(
     Build the model and the image processor that a detectron2 checkpoint stands for.
 
     Args:
-        config_path: Its YAML configuration: a full dump, or a file with a `_BASE_` chain.
-        checkpoint_path: Its `.pth` or `.pkl` file.
-        categories: The classes in label order, as COCO-panoptic categories. By default those of the
-            configuration's data set if that is COCO, ADE20K, Cityscapes or Mapillary Vistas, and else none.
-        backbone_only: The checkpoint is an ImageNet backbone; everything else of the model is freshly initialised.
+        config_path: The checkpoint's YAML configuration: a full dump, or a file with a `_BASE_` chain.
+        checkpoint_path: The `.pth` or `.pkl` file.
+        categories: The classes in label order, as COCO-panoptic categories. By default they are those of the
+            configuration's data set if that is COCO, ADE20K, Cityscapes or Mapillary Vistas, otherwise none.
+        backbone_only: The checkpoint is an ImageNet backbone; the rest of the model is freshly initialised.
 
     Returns:
         The model in float32 and evaluation mode, and the image processor.
@@ -87,7 +87,7 @@ def convert_checkpoint(
         check_training_conditions(tensors, config)
     rename = rename_backbone if backbone_only else rename_state_dict
     state = rename(tensors, expected_tensors(model_config))
-    del tensors  # so that those that are cut in parts are freed one by one
+    del tensors  # so that tensors that are cut in parts can be freed one by one
     if reads_bgr(config):
         state.update({name: state[name].flip(1) for name in state if IMAGE_CONVOLUTION.fullmatch(name)})
     model = build_model(model_config, state)
@@ -97,7 +97,7 @@ def convert_checkpoint(
 
 
 def known_categories(config: Detectron2Config) -> list[dict[str, Any]] | None:
-    """The classes of the configuration's data set; None if it is not a known one or has another number of them."""
+    """The classes of the configuration's data set; None if it is unknown or has another number of classes."""
     dataset = dataset_of(config)
     categories = load_categories(dataset) if dataset else []
     return categories if len(categories) == config["MODEL.SEM_SEG_HEAD.NUM_CLASSES"] else None
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Convert, verify, write, publish: what fails leaves nothing behind."""
+    """Convert, verify, write and publish; a failure leaves nothing behind."""
     check_output(options.output)
     check_shard_size(options.max_shard_size)
     check_publishing(options)

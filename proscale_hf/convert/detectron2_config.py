@@ -1,8 +1,7 @@
-"""Reads a detectron2 configuration, and says what it means for this package's model and image processor.
+"""Translates a detectron2 configuration into settings of this package's model and image processor.
 
-A file is either a full dump or a few lines on top of a chain of `_BASE_` files; what none of them says has
-the default of detectron2, Mask2Former or PRO-SCALE. Values that ask for a model this package does not have
-are refused.
+A file is either a full dump or a few lines on top of a chain of `_BASE_` files. Entries that none of them has get the
+default of detectron2, Mask2Former or PRO-SCALE. Values for which this package has no model are refused.
 """
 
 import ast
@@ -134,14 +133,14 @@ class Detectron2Config:
         value: Any = self.values
         for key in name.split("."):
             if not isinstance(value, Mapping):
-                raise ConversionError(f"The configuration's {name} lies in no section, but in {value!r}.")
+                raise ConversionError(f"The configuration's {name} must lie in a section, but lies in {value!r}.")
             if key not in value:
                 return default
             value = value[key]
         return _checked(name, value, default)
 
     def choose(self, name: str, choices: Mapping[Any, Any]) -> Any:
-        """What the entry's value stands for; a value that is no key of `choices` raises and names them."""
+        """What the entry's value stands for; if it is no key of `choices`, `ConversionError` names the keys."""
         value = self[name]
         for choice, meaning in choices.items():
             if value == choice:
@@ -206,7 +205,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 class ConfigLoader(yaml.SafeLoader):
-    """YAML's safe loader, except that Python tags, which detectron2 evaluates, do not stop it."""
+    """YAML's safe loader, which also reads over Python tags: detectron2 evaluates them, and this loader does not."""
 
 
 class NotEvaluated:
@@ -254,6 +253,8 @@ def _checked(name: str, value: Any, default: Any) -> Any:
 
 def model_settings(config: Detectron2Config) -> dict[str, Any]:
     """
+    Translate the entries about the model.
+
     Args:
         config: A Mask2Former or PRO-SCALE configuration.
 
@@ -261,7 +262,7 @@ def model_settings(config: Detectron2Config) -> dict[str, Any]:
         Keyword arguments for `ProScaleMask2FormerConfig`.
 
     Raises:
-        ConversionError: an entry has a value that this package has no equivalent for.
+        ConversionError: an entry has a value that has no equivalent in this package.
     """
     config.choose("MODEL.META_ARCHITECTURE", {"MaskFormer": None})
     config.choose("MODEL.SEM_SEG_HEAD.NAME", {"MaskFormerHead": None})
@@ -389,13 +390,15 @@ def reads_bgr(config: Detectron2Config) -> bool:
 
 def dataset_of(config: Detectron2Config) -> str | None:
     """
+    Find the category set of a configuration's data.
+
     Args:
         config: A Mask2Former or PRO-SCALE configuration.
 
     Returns:
-        Name of the category set (`proscale_hf.data.categories`) of its first training set, which is the one the
-        originals take names and colours from; None if that is no set they register. The number of classes is not
-        looked at: a model may have been trained on the images of a known set with classes of its own.
+        Name of the category set (`proscale_hf.data.categories`) of the first training set, from which the originals
+        take names and colours; None if the originals do not register that set. The number of classes is not
+        compared: a model may have been trained on the images of a known set with other classes.
     """
     dataset = next(iter(config["DATASETS.TRAIN"]), "")
     return next((category_set for pattern, category_set in DATASETS if pattern.fullmatch(dataset)), None)
@@ -403,6 +406,8 @@ def dataset_of(config: Detectron2Config) -> str | None:
 
 def image_processor_settings(config: Detectron2Config) -> dict[str, Any]:
     """
+    Translate the entries about the input.
+
     Args:
         config: A Mask2Former or PRO-SCALE configuration.
 
@@ -410,7 +415,7 @@ def image_processor_settings(config: Detectron2Config) -> dict[str, Any]:
         Keyword arguments for the image processor. Mean and deviation are for RGB images with values in 0..1.
 
     Raises:
-        ConversionError: an entry has a value that cannot be.
+        ConversionError: an entry has an impossible value.
     """
     mean, std = ([value / 255 for value in config[f"MODEL.PIXEL_{name}"]] for name in ("MEAN", "STD"))
     shortest_edge = config["INPUT.MIN_SIZE_TEST"]

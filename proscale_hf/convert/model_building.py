@@ -1,4 +1,4 @@
-"""Builds a model around tensors that exist already, so that its weights are in memory only once."""
+"""Builds a model around existing tensors, so that its weights are in memory only once."""
 
 import torch
 import transformers
@@ -15,7 +15,7 @@ def expected_tensors(config: ProScaleMask2FormerConfig) -> dict[str, Tensor]:
 
 
 def to_float32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replace floating-point tensors of other types, one by one: each is freed before the next is converted."""
+    """Convert floating-point tensors of other types in place, one by one: each is freed before the next one."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
             tensors[name] = tensor.float()
@@ -26,15 +26,15 @@ def build_model(
     config: ProScaleMask2FormerConfig, state: dict[str, Tensor]
 ) -> ProScaleMask2FormerForUniversalSegmentation:
     """
-    Build a model whose weights are the given tensors themselves wherever that is possible.
+    Build a model whose weights are, where possible, the given tensors and not copies of them.
 
     Args:
         config: The model's configuration.
-        state: Part of the model's state dict, or all of it, in float32. Emptied, so that a tensor is freed as soon
-            as its parts are tensors of their own. Tensors on the meta device count as absent.
+        state: The model's state dict or a part of it, in float32. It is emptied, so that a large tensor is freed as
+            soon as its parts are copied. Tensors on the meta device count as absent.
 
     Returns:
-        The model in evaluation mode. What is absent is initialised as in a new model.
+        The model in evaluation mode. Absent weights are initialised as in a new model.
     """
     own = {name: _of_its_own(state.pop(name)) for name in list(state)}
     own = {name: tensor for name, tensor in own.items() if not tensor.is_meta}

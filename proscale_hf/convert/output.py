@@ -1,4 +1,4 @@
-"""Writes the converted model as a folder for `from_pretrained`: completely, or not at all."""
+"""Writes the converted model as a folder for `from_pretrained`, completely or not at all."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def check_output(output: str | Path) -> None:
     if output.is_symlink():
         raise ConversionError(f"{output} is a symbolic link; give the folder itself.")
     if output.is_mount() or output == Path.cwd():
-        raise ConversionError(f"{output} is a folder in use, which cannot be replaced; give a new one inside it.")
+        raise ConversionError(f"{output} is a folder in use and cannot be replaced; give a new one inside it.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConversionError(f"{output} exists already; give a new or an empty folder.")
     base = _existing_folder_above(output)
@@ -47,14 +47,14 @@ def write_model_folder(
     """
     Write a model and its image processor into a new folder, completely or not at all.
 
-    Everything is first written into a hidden folder beside the new one, and then renamed: renaming replaces an
-    empty folder and nothing else, and does not follow a link.
+    The files are first written into a hidden folder beside the new one, which is then renamed. Renaming replaces only
+    an empty folder, and does not follow a link.
 
     Args:
-        model: What it writes by `save_pretrained` is what the folder gets.
+        model: Its `save_pretrained` writes into the folder.
         image_processor: Likewise.
         output: The folder to write, new or empty. The folders above it are made.
-        max_shard_size: Weights above this size are spread over several files: `200MB`, `5GB`.
+        max_shard_size: Weights above this size are spread over several files, such as `200MB` or `5GB`.
 
     Raises:
         ConversionError: see `check_output` and `check_shard_size`, or the disk is full.
@@ -86,7 +86,7 @@ def _existing_folder_above(path: Path) -> Path:
 
 
 def _give_usual_permissions(folder: Path) -> None:
-    """Some writers make files that only their owner can read; give all of them the permissions of a new file."""
+    """Give all files the permissions of a new file; some writers make files that only their owner can read."""
     probe = folder / ".permissions"
     probe.touch()
     usual = probe.stat().st_mode

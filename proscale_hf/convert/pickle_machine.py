@@ -1,8 +1,8 @@
-"""Carries out the part of pickle's language that weights are written in, without Python's unpickler.
+"""Runs the part of pickle's language that weights are written in, without Python's unpickler.
 
-A pickle is a program, and Python's unpickler imports and calls whatever it names. This machine knows the
-operations that weights need, and the few functions that its caller gives it by name: everything else is refused
-when it is met, and nothing is ever imported. What a pickle can make it build is bounded by the pickle's length.
+A pickle is a program, and Python's unpickler imports and calls whatever the program names. This machine knows only the
+operations that weights need and a few functions that its caller gives it by name. It refuses everything else, and never
+imports anything. The pickle's length limits the size of the objects that the pickle can make it build.
 """
 
 import pickletools
@@ -31,14 +31,14 @@ class RefusedPickleError(ValueError):
 
 
 class Named(NamedTuple):
-    """Something that a pickle mentions by name, and what the machine's caller gives for it."""
+    """Something that a pickle names, and the meaning that the machine's caller gives it."""
 
     name: str
     meaning: Any
 
 
 class Stateful:
-    """What an allowed function returns if the pickle gives it its state afterwards."""
+    """The result of an allowed function, if the pickle sets its state afterwards."""
 
     def set_state(self, state: Any) -> None:
         raise NotImplementedError
@@ -68,21 +68,21 @@ def read_pickle(
 
     Args:
         file: Needs `read`, `readline` and `tell`.
-        meanings: What the pickle may mention, by full name. It may call those of them that are functions.
-        read_persistent: Takes a persistent id and returns the object outside of the pickle that it stands for.
+        meanings: What the pickle may name, by full name. It may call the functions among them.
+        read_persistent: Takes a persistent id and returns the object that it stands for, outside of the pickle.
 
     Returns:
-        The object: plain containers and values, and what the functions return.
+        The object, made of plain containers and values and of the functions' results.
 
     Raises:
-        RefusedPickleError: the pickle mentions another name, uses an operation that weights do not need, or is
+        RefusedPickleError: the pickle names something else, uses an operation that weights do not need, or is
             too long.
         Exception: of any type, if the pickle is damaged.
     """
     stack: list[Any] = []
     outer_stacks: list[list[Any]] = []
     memo: dict[int, Any] = {}
-    given = 0  # to functions and as states: they may copy it, and a pickle can give the same object many times
+    given = 0  # length of what functions and states get: they may copy it, and a pickle can give an object many times
     for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
         if count == MAXIMUM_OPERATIONS:
             raise RefusedPickleError(f"it has more than {count:,} pickle operations")
@@ -155,7 +155,7 @@ def _pairs(items: list[Any]) -> Iterable[tuple[Any, Any]]:
 
 
 def _checked_sum(length: int, values: tuple[Any, ...], bytes_read: int) -> int:
-    """Add the values' lengths: what was read is given twice at most, as text that is bytes, and as those bytes."""
+    """Add the values' lengths. The bytes that were read may count twice, as text and as bytes, but not more often."""
     length += sum(len(value) for value in values if isinstance(value, (str, bytes, bytearray, list, tuple, dict)))
     if length > 2 * bytes_read:
         raise RefusedPickleError("it grows by using the same parts again and again")

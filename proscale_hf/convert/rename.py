@@ -1,8 +1,8 @@
-"""The rename table: what the originals in detectron2 call a tensor, and what this package calls it.
+"""The rename table: the names of tensors in the originals' detectron2 checkpoints, and in this package.
 
-A rule is a pair (start of the source name, start of the target name). The number behind a `*` is carried
-over, and so is the last word of the name (`weight`, `running_mean`, ...). A rule with several targets cuts
-the source tensor into as many equal parts along its first axis: query, key and value in one tensor.
+A rule is a pair (start of the source name, start of the target name). A `*` stands for a number, which is carried
+over, as is the last word of the name (`weight`, `running_mean`, ...). A rule with several targets cuts the source
+tensor into equal parts along its first axis, such as query, key and value.
 """
 
 import re
@@ -54,7 +54,7 @@ SWIN = (
 
 
 def _convolution(source: str, target: str) -> tuple[Rule, Rule]:
-    """A convolution that detectron2 nests its batch norm in."""
+    """A convolution; in detectron2 it contains its batch norm."""
     return Rule(f"{source}.", f"{target}.convolution."), Rule(f"{source}.norm.", f"{target}.normalization.")
 
 
@@ -146,7 +146,7 @@ DERIVED = re.compile(
 )
 # Target tensors that no checkpoint has: derived ones, and Swin's last norm, which a Swin backbone never uses.
 WITHOUT_SOURCE = re.compile(r"criterion\.empty_weight|.*\.num_batches_tracked|.*\.swin\.layernorm\.[a-z]+")
-# The convolutions that read the image, whose input channels are the image's.
+# The convolutions that read the image: their input channels are the image's.
 IMAGE_CONVOLUTION = re.compile(r".*\.(patch_embeddings\.projection|embedder\.embedder\.convolution)\.weight")
 
 WRAPPER = "module."  # what `DistributedDataParallel` puts in front of every name
@@ -155,13 +155,13 @@ LISTED = 20  # names in an error message; a checkpoint of another architecture h
 
 def target_names(source_name: str) -> tuple[str, ...]:
     """
-    What a detectron2 name becomes.
+    Translate a detectron2 name.
 
     Args:
         source_name: Name in the checkpoint, current or of an earlier release.
 
     Returns:
-        The names of this package: none if no rule fits, several if the tensor is to be cut.
+        The names in this package: none if no rule fits, several if the tensor must be cut.
     """
     for pattern, replacement in OLD_NAMES:
         source_name = re.sub(pattern, replacement, source_name)
@@ -188,10 +188,10 @@ def rename_state_dict(source: Mapping[str, Tensor], expected: Mapping[str, Tenso
 
     Args:
         source: Tensors by detectron2 name.
-        expected: State dict of the model to fill; its values stay where no checkpoint has any.
+        expected: State dict of the model to fill; a value that no checkpoint has stays as it is.
 
     Returns:
-        A complete state dict of the model. Tensors are views of the source's where the types are the same.
+        A complete state dict of the model. Where the types agree, tensors are views of the source's.
 
     Raises:
         ConversionError: tensors are unmapped, missing or misshapen; the message names them.
@@ -201,7 +201,7 @@ def rename_state_dict(source: Mapping[str, Tensor], expected: Mapping[str, Tenso
 
 
 def without_wrapper(source: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The state dict of a model that was saved inside `DistributedDataParallel`, as if saved by itself."""
+    """A state dict without the prefix that `DistributedDataParallel` puts in front of all names."""
     if all(name.startswith(WRAPPER) for name in source):
         return {name.removeprefix(WRAPPER): tensor for name, tensor in source.items()}
     return source
@@ -217,13 +217,13 @@ def rename_tensors(
     Rename tensors, and make sure that they fit to the last one.
 
     Args:
-        source: Tensors by the name they have in the checkpoint. Derived ones are left out.
+        source: Tensors by their names in the checkpoint. Derived ones are left out.
         expected: The tensors to fill.
-        targets_of: Says what a source name becomes, as `target_names`.
+        targets_of: Translates a source name, as `target_names` does.
         without_source: Matches names in `expected` that need no source.
 
     Returns:
-        Tensors by their names in `expected`, in the types there.
+        Tensors by their names in `expected`, in the types of `expected`.
 
     Raises:
         ConversionError: tensors are unmapped, missing or misshapen; the message names them.

@@ -1,11 +1,10 @@
 """Reads the weights in a checkpoint without running code from it.
 
-A pickle may name any function and have it called while it is read. Here every pickle in a file is first read by
-`pickle_machine`, which calls nothing but the functions below. The files are told apart by their first bytes, not
-by their suffix:
+A pickle may name any function, and reading the pickle calls it. Here every pickle in a file is first read by
+`pickle_machine`, which calls only the functions below. The first bytes of a file say what it is, not its suffix:
 
-- torch's zip format and torch's older format (`.pth`): looked through, with tensors only described and compared
-  with the bytes that the file has for them, and then read by `torch.load(weights_only=True)`;
+- torch's zip format and torch's older format (`.pth`) are looked through first: tensors are only described, and
+  compared with the bytes that the file has for them. Then `torch.load(weights_only=True)` reads the file;
 - a plain pickle (`.pkl`, the detectron2 model zoo) of numpy arrays or tensors;
 - safetensors, which hold no pickle.
 """
@@ -31,7 +30,7 @@ from proscale_hf.convert.pickle_machine import RefusedPickleError, Stateful, dic
 
 
 ZIP_START, ZIP_END, LARGE_ZIP_END = b"PK\x03\x04", b"PK\x05\x06", b"PK\x06\x06"
-OLD_TORCH_NUMBERS = (0x1950A86A20F9469CFC6C, 1001)  # they stand for the format and its version
+OLD_TORCH_NUMBERS = (0x1950A86A20F9469CFC6C, 1001)  # the format and its version
 OLD_TORCH_START = pickle.dumps(OLD_TORCH_NUMBERS[0], protocol=2)
 PLAIN_PICKLE_STARTS = b"\x80(}]c"  # the version, or the first operation of a container in versions 0 and 1
 MAXIMUM_DIMENSIONS = 64  # of a tensor in torch and numpy
@@ -63,18 +62,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
         path: A `.pth` (zip or older torch format), `.pkl` (plain pickle of arrays or tensors) or `.safetensors` file.
 
     Returns:
-        Tensors by name, on the CPU, in the file's dtypes, all numbers finite. What else the file holds, an
-        optimizer's state for example, is left out. Tensors of a zip file are mapped, not read, unless they have
-        16 bit: those are read, so that their memory is free again once they are converted.
+        Tensors by name, on the CPU, in the file's dtypes, all numbers finite. Other contents of the file, such as
+        an optimizer's state, are left out. Tensors of a zip file are mapped, not read. A file with 16-bit tensors is
+        read, so that their memory is free again once they are converted.
 
     Raises:
-        ConversionError: the file is missing, damaged, wants something called that weights do not need, claims
-            more than it has, or holds no state dict.
+        ConversionError: the file is missing or damaged, calls something that weights do not need, claims more
+            data than it has, or holds no state dict.
     """
     path = Path(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the readers, about a file that is then refused in one line
+            warnings.simplefilter("ignore")  # the readers warn about files that are refused here in one line
             return _state_dict(path, _read(path))
     except RefusedPickleError as error:
         raise ConversionError(f"{path} is refused: {error}.") from error
@@ -89,7 +88,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> Any:
-    """The content of the file, whose tensors are torch's or `PickledArray`."""
+    """The content of the file; its tensors are torch's or `PickledArray`."""
     if not path.exists():
         raise ConversionError(f"There is no checkpoint file {path}.")
     status = path.stat()
@@ -122,7 +121,7 @@ def _read(path: Path) -> Any:
 
 
 class BoundedFile:
-    """A file that is never asked for more bytes than it has: Python makes room for them before it reads."""
+    """A file that never reads more bytes than it has: Python makes room for all that is asked for before it reads."""
 
     def __init__(self, file: BinaryIO, size: int):
         self.file = file
@@ -135,7 +134,7 @@ class BoundedFile:
 
 
 class Storage(NamedTuple):
-    """What a pickle says about the numbers behind a tensor, or behind several."""
+    """What a pickle says about the numbers of one or several tensors."""
 
     dtype: torch.dtype
     length: int
@@ -148,7 +147,7 @@ class TensorDescription(NamedTuple):
 
 
 def _check_sizes(*sizes: Any) -> None:
-    """Raise if these are no possible sizes of a tensor: numbers that torch can hold, and not very many."""
+    """Raise if these cannot be sizes of a tensor: too many, or numbers that torch cannot hold."""
     if len(sizes) > MAXIMUM_DIMENSIONS or not all(type(size) is int and abs(size) < 2**63 for size in sizes):
         raise TypeError("no sizes of a tensor")
 
@@ -189,7 +188,7 @@ TORCH_MEANINGS = {
 
 
 def _describe(file: Any) -> tuple[Any, dict[str, Storage]]:
-    """Content of a torch file's main pickle, with tensors only described; and its storages, by key."""
+    """Content of a torch file's main pickle, with tensors only described, and its storages by key."""
     storages: dict[str, Storage] = {}
 
     def describe_storage(persistent_id: Any) -> Storage:
@@ -199,7 +198,7 @@ def _describe(file: Any) -> tuple[Any, dict[str, Storage]]:
             raise RefusedPickleError("it holds something that is no storage of numbers")
         storage = Storage(kind.meaning, length)
         if storages.setdefault(key, storage) != storage:
-            raise RefusedPickleError(f"it has two opinions on the storage {printable(key)}")
+            raise RefusedPickleError(f"it describes the storage {printable(key)} in two ways")
         return storage
 
     return read_pickle(file, TORCH_MEANINGS, describe_storage), storages
@@ -276,13 +275,13 @@ class PickledDtype(Stateful):
         self.byte_order = state[1]
 
     def numpy_dtype(self) -> np.dtype | None:
-        """None if it is no type of weights."""
+        """The type in numpy; None if weights cannot have it."""
         name = self.byte_order + self.code
         return np.dtype(name) if re.fullmatch(r"[<>=|][biuf][1248]", name) else None
 
 
 class PickledArray(Stateful):
-    """A pickled array; `data` are the bytes of its elements, or for some types a list of objects."""
+    """A pickled array; `data` holds the bytes of its elements, or for some types a list of objects."""
 
     def __init__(self, *_: Any):
         self.shape, self.dtype, self.column_major, self.data = (0,), PickledDtype("b1"), False, b""
@@ -291,7 +290,7 @@ class PickledArray(Stateful):
         _, self.shape, self.dtype, self.column_major, self.data = state  # the first is the state's version
 
     def tensor(self) -> Tensor | None:
-        """A copy in the machine's byte order, or None if it holds no numbers."""
+        """A copy in the machine's byte order; None if the array holds no numbers."""
         dtype = self.dtype.numpy_dtype()
         if dtype is None:
             return None
@@ -310,7 +309,7 @@ def _array_from_buffer(data: bytes, dtype: PickledDtype, shape: tuple, order: st
 
 
 class NestedStorage(NamedTuple):
-    """A plain pickle of a tensor holds its storage as the bytes of a file in torch's older format."""
+    """A storage in a plain pickle of a tensor, where it is the bytes of a file in torch's older format."""
 
     description: Storage
     storage: torch.TypedStorage

@@ -3,8 +3,8 @@
 Usage: `python -m convert.transformers_mask2former --model FOLDER-OR-ID --output FOLDER
 [--encoder proscale --encoder-stage-layers 3,3,3]`
 
-Tensors have the same names in both, so those that the new model has too are taken over. The early stages of the
-PRO-SCALE encoder attend to the coarser maps alone, and take over what belongs to these maps. All else starts anew.
+Tensors have the same names in both, so every tensor that the new model has too is taken over. The early stages of the
+PRO-SCALE encoder attend only to the coarser maps, and take over the parts for these maps. All other tensors start anew.
 """
 
 import argparse
@@ -50,17 +50,17 @@ from proscale_hf.models.mask2former.configuration_proscale_mask2former import (
 from proscale_hf.models.mask2former.modeling_proscale_mask2former import ProScaleMask2FormerForUniversalSegmentation
 
 
-SEED = 0  # of what starts anew: the same command gives the same file
+SEED = 0  # of tensors that start anew: the same command gives the same file
 LEVELS = 3  # of feature maps that each layer of transformers' encoder attends to, coarse to fine
 
-# What makes this package's model the same as transformers'.
+# The settings that make this package's model the same as transformers'.
 SAME_MODEL = {
     "encoder": "mask2former",
     "token_recalibration": "none",
     "pixel_embedding": "conv",
     "mask_padding": False,  # transformers takes padding for image
 }
-# What the command line lets one choose with each encoder; with Mask2Former's, the model is the same as in transformers.
+# The choices of the command line for each encoder; with Mask2Former's, the model is the same as in transformers.
 SETTINGS_OF_ENCODERS = {
     "proscale": ("encoder_stage_layers", "token_recalibration", "pixel_embedding"),
     "lite": ("pixel_embedding",),
@@ -94,7 +94,7 @@ LAYER = re.compile(re.escape(DECODER) + r"encoder\.layers\.(\d+)\.(.*)")
 
 
 class Source(NamedTuple):
-    """A model of transformers, as it was saved. `left_out`: tensors that are in its files but not in the model."""
+    """A saved model of transformers. `left_out` names the tensors that are in its files but not in the model."""
 
     config: Mask2FormerConfig
     state: dict[str, Tensor]
@@ -107,11 +107,11 @@ class Conversion(NamedTuple):
     Attributes:
         model: In float32 and evaluation mode.
         image_processor: The model's.
-        taken: Names of the tensors that are the source's.
-        in_part: Names of those that are a part of the source's, the part for the coarser maps.
-        new: Names of the freshly initialised ones.
-        left_out: Names of the source's tensors without a place in the model.
-        notes: What else a person should know, one sentence each.
+        taken: Names of the tensors that are taken from the source.
+        in_part: Names of the tensors of which the part for the coarser maps is taken.
+        new: Names of the freshly initialised tensors.
+        left_out: Names of the source's tensors that have no place in the model.
+        notes: Sentences about anything else that a person should know.
     """
 
     model: ProScaleMask2FormerForUniversalSegmentation
@@ -131,13 +131,13 @@ def convert_model(
 
     Args:
         model: A folder, or an id on the Hub. Only safetensors are read.
-        categories: The classes in label order, as COCO-panoptic categories. By default those of a known data set with
-            the same names, and else none.
-        settings: Fields of [`ProScaleMask2FormerConfig`] that should differ: `encoder="proscale"` and its stages. By
-            default the model is the same as in transformers.
+        categories: The classes in label order, as COCO-panoptic categories. By default they are those of a known data
+            set with the same names, otherwise none.
+        settings: Fields of [`ProScaleMask2FormerConfig`] that should differ, such as `encoder="proscale"` and its
+            stages. By default the model is the same as in transformers.
 
     Returns:
-        The model, the image processor, and what became of the tensors.
+        The model, the image processor, and what happened to each tensor.
 
     Raises:
         ConversionError: the model cannot be loaded, is no Mask2Former, or does not fit the settings or categories.
@@ -150,7 +150,7 @@ def convert_model(
     try:
         config = ProScaleMask2FormerConfig(**_model_settings(source.config, notes) | labels | settings)
     except (ValueError, TypeError) as error:
-        raise ConversionError(f"{model} cannot become such a model: {_one_line(error)}") from error
+        raise ConversionError(f"{model} cannot be converted with these settings: {_one_line(error)}") from error
 
     expected = expected_tensors(config)
     state, in_part, left_out = _take_over(source.state, expected, config.num_attention_heads)
@@ -182,7 +182,7 @@ def load_source(name: str) -> Source:
         name: A folder, or an id on the Hub.
 
     Returns:
-        Its configuration, its tensors in float32 by their present names, and its image processor's settings.
+        Its configuration, its tensors in float32 with their current names, and its image processor's settings.
 
     Raises:
         ConversionError: there is no such model, it is of another type, or its files are damaged or incomplete.
@@ -215,7 +215,7 @@ def load_source(name: str) -> Source:
 
 
 def _processor_settings(name: str) -> dict[str, Any] | None:
-    """What the model's image processor was saved with; None if it was not saved."""
+    """The settings of the model's image processor; None if it was not saved."""
     try:
         if not _has_file(name, IMAGE_PROCESSOR_NAME):
             return None
@@ -225,7 +225,7 @@ def _processor_settings(name: str) -> dict[str, Any] | None:
 
 
 def _check_name(name: str) -> bool:
-    """Whether the name is a folder's; raise if it can be neither that nor an id on the Hub."""
+    """Whether this is a folder; raise if it is no usable folder and can be no id on the Hub."""
     folder = Path(name)
     if not folder.exists():
         try:
@@ -241,18 +241,18 @@ def _check_name(name: str) -> bool:
 
 
 def _has_file(name: str, file: str) -> bool:
-    """Whether a folder or a repository on the Hub has a file, which is downloaded then."""
+    """Whether a folder or a repository on the Hub has a file; from the Hub the file is downloaded."""
     return cached_file(name, file, _raise_exceptions_for_missing_entries=False) is not None
 
 
 def _model_settings(source: Mask2FormerConfig, notes: list[str]) -> dict[str, Any]:
-    """Every field that Mask2Former's configuration has of its own has the same name and meaning here."""
+    """The fields of Mask2Former's configuration, all of which have the same name and meaning here."""
     general = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     own = [field.name for field in dataclasses.fields(source) if field.name not in general]
     settings = {name: getattr(source, name) for name in own} | SAME_MODEL
     if not 2 <= source.ignore_value <= 255:
         del settings["ignore_value"]
-        notes.append(f"ignore_value {source.ignore_value}, which transformers never reads, became 255.")
+        notes.append(f"ignore_value {source.ignore_value}, which transformers never reads, is replaced by 255.")
     return settings
 
 
@@ -279,7 +279,7 @@ def _names_of_labels(names: Sequence[str]) -> dict[str, Any]:
 
 
 def _known_set(names: Sequence[str]) -> str | None:
-    """The first category set with these names, whatever their case, and synonyms behind a comma aside."""
+    """The first category set with these names; case and synonyms behind a comma are ignored."""
 
     def plain(name: str) -> str:
         return re.split("[,;]", name)[0].strip().casefold()
@@ -293,7 +293,7 @@ def _known_set(names: Sequence[str]) -> str | None:
 def _take_over(
     source: Mapping[str, Tensor], expected: Mapping[str, Tensor], heads: int
 ) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """The tensors that are taken over, names of those that are in part, and names of those that are not."""
+    """The tensors to take over, the names of those that are taken in part, and the names of those that are left out."""
     state, in_part, left_out = {}, [], []
     for name, tensor in source.items():
         if name not in expected:
@@ -330,7 +330,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--encoder",
         choices=SETTINGS_OF_ENCODERS,
         default="mask2former",
-        help="mask2former: the same model; the others: to be fine-tuned (default: %(default)s)",
+        help="mask2former: the same model; others: a model to fine-tune (default: %(default)s)",
     )
     defaults = ProScaleMask2FormerConfig
     parser.add_argument(
@@ -365,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Convert and write: what fails leaves nothing behind."""
+    """Convert and write; a failure leaves nothing behind."""
     check_output(options.output)
     check_shard_size(options.max_shard_size)
     settings = _encoder_settings(options)
@@ -415,7 +415,7 @@ def summary(conversion: Conversion, output: Path) -> str:
 
 def grouped(names: Iterable[str]) -> list[str]:
     """
-    Tensor names in a few lines: encoder layers with the same tensors come together.
+    Group tensor names into a few lines: encoder layers with the same tensors share a line.
 
     Args:
         names: Names in a state dict.

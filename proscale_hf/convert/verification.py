@@ -1,8 +1,8 @@
-"""Checks of a converted model by numbers: what it finds in a picture, and how far it is from recorded tensors.
+"""Checks a converted model by numbers: what it finds in a picture, and how far it is from recorded tensors.
 
-Recorded files are `.safetensors` with `pixel_values`, the normalised and padded batch, and any of the stages below. A
-JSON file of the same name beside it (`expected.json` of `expected.safetensors`) says what the recorded maps need:
-sizes, thresholds, and which labels are things and stuff.
+A recorded file is a `.safetensors` file with `pixel_values`, the normalised and padded batch, and any of the stages
+below. A JSON file of the same name beside it (`expected.json` for `expected.safetensors`) has what the recorded maps
+need: sizes, thresholds, and which labels are things and stuff.
 """
 
 import contextlib
@@ -40,11 +40,11 @@ STAGE = re.compile(
 )
 MAP = re.compile(r"(panoptic_seg|sem_seg_argmax|instance_masks)_\d+")
 NO_LABELS: Mapping[int, int] = MappingProxyType({})
-MAP_TOLERANCE = 1e-3  # share of pixels: those at an edge may fall to either side
+MAP_TOLERANCE = 1e-3  # share of pixels: a pixel at an edge may fall to either side
 
 
 class Comparison(NamedTuple):
-    """One recorded tensor against the model's: the error, and from where on it is too large."""
+    """One recorded tensor compared with the model's: the error, and the largest error that is accepted."""
 
     stage: str
     shape: tuple[int, ...]
@@ -67,10 +67,10 @@ def report_on_image(
         image_path: An image file.
 
     Returns:
-        Sizes, time, and a table of the segments found, or of the best scores if none passed the thresholds.
+        Sizes, time, and a table of the segments; a table of the best scores if no segment passed the thresholds.
 
     Raises:
-        ConversionError: the picture cannot be read, does not fit into memory, or gives values that are no numbers.
+        ConversionError: the picture cannot be read, does not fit into memory, or gives NaN or infinity.
     """
     try:
         image = load_image(image_path)
@@ -102,25 +102,25 @@ def compare_with_recorded(
     tolerance: float = 1e-4,
 ) -> str:
     """
-    Run the model on recorded `pixel_values`, and compare what comes out of each stage with what was recorded.
+    Run the model on recorded `pixel_values`, and compare the result of each stage with the recorded one.
 
     Args:
         model: In evaluation mode.
-        image_processor: The model's. Checked as well if the file has the pictures, `image_0` and so on, uint8 (height,
+        image_processor: The model's. It is checked, too, if the file has the pictures `image_0`, ..., uint8 (height,
             width, 3).
         expected_path: The `.safetensors` file: `pixel_values` float (batch, channels, height, width), and any of
-            `backbone.res2` and so on, `multi_scale_features.0` and so on (coarse to fine), `mask_features`,
-            `aux.0.class_queries_logits`, `aux.0.masks_queries_logits` and so on, `class_queries_logits`,
-            `masks_queries_logits`; `panoptic_seg_i`, `sem_seg_argmax_i` and `instance_*_i` of image i. Others are
-            passed over.
-        tolerance: Largest absolute error, relative to the largest absolute value recorded in the same tensor. Maps
-            may differ in one pixel of a thousand.
+            `backbone.res2`, ..., `multi_scale_features.0`, ... (coarse to fine), `mask_features`,
+            `aux.0.class_queries_logits`, `aux.0.masks_queries_logits`, ..., `class_queries_logits`,
+            `masks_queries_logits`; and for image i `panoptic_seg_i`, `sem_seg_argmax_i` and `instance_*_i`. Other
+            tensors are ignored.
+        tolerance: Largest absolute error, relative to the largest absolute value in the recorded tensor. Maps may
+            differ in one pixel of a thousand.
 
     Returns:
         A table with the error of each stage, in the order of computation.
 
     Raises:
-        ConversionError: a stage departs, and the message names the first one; or the file cannot be compared with.
+        ConversionError: a stage departs, and the message names the first one; or the file cannot be used.
     """
     path = Path(expected_path)
     recorded = _read_recorded(path)
@@ -156,7 +156,7 @@ def compare_with_recorded(
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Other numbers of threads round differently, which may turn a pixel of an attention mask, and what follows."""
+    """Run a `with` block on one thread: more threads round differently, which can flip a pixel of an attention mask."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -180,7 +180,7 @@ def _segments(
     output: ModelOutput,
     image: Image.Image,
 ) -> tuple[str, list[Segment]]:
-    """The task that fits the labels, and its result."""
+    """The task that fits the labels, and the segments that it finds."""
     names, stuff = model.config.id2label, set(image_processor.label_ids_to_fuse)
     sizes = {"target_sizes": [(image.height, image.width)]}
     if stuff >= set(names):
@@ -208,7 +208,7 @@ def _segment_table(segments: Sequence[Segment], pixels: int) -> str:
 
 
 def _best_queries(model: ProScaleMask2FormerForUniversalSegmentation, output: ModelOutput) -> str:
-    """The queries that came closest to being a segment."""
+    """A table of the queries with the highest scores."""
     [probabilities] = output.class_queries_logits.float().softmax(-1)[:, :, :-1]
     scores, labels = probabilities.max(-1)
     best = scores.topk(min(BEST_QUERIES, len(scores))).indices.tolist()
@@ -231,7 +231,7 @@ def _read_recorded(path: Path) -> dict[str, Tensor]:
         raise ConversionError(f"{path} is no complete safetensors file: {one_line(error)}.") from error
     pixel_values = recorded.get("pixel_values")
     if pixel_values is None:
-        raise ConversionError(f"{path} has no pixel_values, the input that the other tensors were recorded for.")
+        raise ConversionError(f"{path} has no pixel_values, which are the input of the other tensors.")
     if pixel_values.ndim != 4 or not pixel_values.is_floating_point() or not pixel_values.numel():
         raise ConversionError(
             f"pixel_values of {path} must be floating-point numbers (batch, channels, height, width), but are "
@@ -274,7 +274,7 @@ def _stages(output: ModelOutput) -> dict[str, Tensor]:
 def _compare_images(
     image_processor: BaseImageProcessor, recorded: Mapping[str, Tensor], tolerance: float
 ) -> Iterator[Comparison]:
-    """Normalisation and padding. Pictures that were resized before they were recorded as pixels are passed over."""
+    """Compare normalisation and padding, but not of pictures that were resized before they were recorded as pixels."""
     expected = recorded["pixel_values"]
     images = [recorded[f"image_{i}"].numpy() for i in range(len(expected)) if f"image_{i}" in recorded]
     if len(images) != len(expected):
@@ -302,7 +302,7 @@ def _compare_stages(
 def _compare_maps(
     output: ModelOutput, recorded: Mapping[str, Tensor], facts: Mapping[str, Any], path: Path
 ) -> Iterator[Comparison]:
-    """Panoptic, semantic and instance results at the target sizes; the error is a share of pixels."""
+    """Compare panoptic, semantic and instance results at the target sizes; the error is a share of pixels."""
     try:
         images = facts["images"]
         logits = output.class_queries_logits.cpu(), output.masks_queries_logits.cpu()
@@ -356,7 +356,7 @@ def _compare_ids(
 
 
 def _compare_instances(index: int, found: Mapping[str, Tensor], recorded: Mapping[str, Tensor]) -> Iterator[Comparison]:
-    """Each recorded instance against that of the same class with the nearest score; the model may have more."""
+    """Compare each recorded instance with the model's nearest in score, of its class; the model may have more."""
     scores, labels, masks = (recorded[f"instance_{name}_{index}"] for name in ("scores", "classes", "masks"))
     score_error, mask_error = 0.0, 0.0
     for score, label, mask in zip(scores, labels, masks, strict=True):

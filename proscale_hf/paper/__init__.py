@@ -1,1 +1,1 @@
-"""The paper's tables and figures, made again."""
+"""The paper's tables and figures, reproduced."""

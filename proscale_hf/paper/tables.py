@@ -1,7 +1,8 @@
-"""The paper's tables of costs, 1, 2 and 4 to 7, next to what is counted here (`paper/tables.json`, `cost.py`).
+"""The costs in the paper's tables 1, 2 and 4 to 7 (`paper/tables.json`) beside those counted here (`cost.py`).
 
-The paper's figures are averages over images. 800 x 1067 stands for COCO's, except for some of the encoder's figures,
-which are those of 800 x 1200: `encoder_image` in the file marks them. Cityscapes' images are all 1024 x 2048.
+The paper's figures are averages over images. A single size stands for them: 1024 x 2048 for Cityscapes, whose images
+all have it, and 800 x 1067 for COCO. Some of the encoder's figures for COCO are those of 800 x 1200 instead:
+`encoder_image` in the file marks them.
 """
 
 import json
@@ -18,9 +19,9 @@ TABLES_FILE = Path(__file__).with_name("tables.json")
 DATASET_NAMES = {"coco": "COCO", "cityscapes": "Cityscapes"}
 HEADER = """| data, backbone | model | preset | PQ: paper | total: paper | here | | encoder: paper | here | |
 | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"""
-NOTES = """GFLOPs of one image, of COCO at 800 x 1067 and of Cityscapes at 1024 x 2048. Behind each of our figures is by
-how much it exceeds the paper's. \\*: at 800 x 1200, as the paper's figure. Without a preset: not in this package. PQ is
-not reproduced."""
+NOTES = """GFLOPs of one image, of COCO at 800 x 1067 and of Cityscapes at 1024 x 2048. The percentage behind
+each of our figures says by how much it exceeds the paper's. \\*: at 800 x 1200, as the paper's figure. Models without a
+preset are not in this package. PQ is not reproduced."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class PaperRow:
         dataset: "coco" or "cityscapes".
         backbone: such as "Swin-T".
         model: such as "PRO-SCALE (3, 3, 3)".
-        preset: what the model is called here; None if it is not in this package.
+        preset: the model's name here; None if it is not in this package.
         pq: panoptic quality that the paper reports, in percent.
         miou: mean intersection over union that the paper reports; None where it does not.
         ap: average precision that the paper reports; None where it does not.
@@ -117,7 +118,7 @@ def _row(table: int, entry: dict[str, Any], image: Sequence[int]) -> PaperRow:
 
 
 def to_markdown(rows: Sequence[PaperRow]) -> str:
-    """A Markdown table for each table of the paper, and what it shows."""
+    """A Markdown table for each table of the paper, with notes below."""
     lines = []
     for table in _read_file()["tables"]:
         members = [row for row in rows if row.table == table["table"]]

@@ -280,7 +280,7 @@ def test_timms_swin_computes_the_same():
     [
         (torchvision(R50), SWIN_T, "^The checkpoint is torchvision's ResNet; the configuration has another backbone.$"),
         (moby(SWIN_T), R50, "^The checkpoint is MoBY's .*; the configuration has another backbone.$"),
-        ({"blocks.0.attn.qkv.weight": torch.zeros(1)}, R50, "no ImageNet backbone that is known; known are: MSRA's"),
+        ({"blocks.0.attn.qkv.weight": torch.zeros(1)}, R50, "no known ImageNet backbone; known are: MSRA's"),
         (torchvision(R50), R101, r"255 in the model, without .*stages\.2\.layers\.6\..*and 235 more$"),
         (swin_classifier(SWIN_T) | {"absolute_pos_embed": torch.zeros(1)}, SWIN_T, r"1 in .*\n  absolute_pos_embed$"),
         (swin_classifier(SWIN_B), Swin(128, (2, 2, 18, 2), (4, 8, 16, 32), 7), r"24 of .*\(529, 4\) found, \(169, 4\)"),
@@ -318,11 +318,11 @@ def test_conditions_that_are_met(publish, backbone, values):
             msra,
             R50,
             FOR_TORCHVISION,
-            r"is MSRA's .* has to say INPUT.FORMAT BGR, MODEL.PIXEL_STD \(1.0, 1.0, 1.0\), "
+            r"is MSRA's .* must have INPUT.FORMAT BGR, MODEL.PIXEL_STD \(1.0, 1.0, 1.0\), "
             r"MODEL.RESNETS.STRIDE_IN_1X1 True.$",
         ),
         (torchvision, R50, FOR_MSRA, "is torchvision's .* INPUT.FORMAT RGB, MODEL.RESNETS.STRIDE_IN_1X1 False.$"),
-        (swin_classifier, SWIN_T, {}, "is a Swin Transformer: the configuration has to say INPUT.FORMAT RGB.$"),
+        (swin_classifier, SWIN_T, {}, "is a Swin Transformer: the configuration must have INPUT.FORMAT RGB.$"),
         (moby, SWIN_T, {}, "is MoBY's .* INPUT.FORMAT RGB.$"),
     ],
 )

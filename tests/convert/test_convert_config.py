@@ -267,7 +267,7 @@ def test_no_data_set(tmp_path):
         ("MODEL: {PROSCALE: {IS_EXCITE_CONV: perhaps}}", "CONV must be of type bool, got 'perhaps'"),
         ("MODEL: {MASK_FORMER: {NHEADS: eight}}", "NHEADS must be of type int, got 'eight'"),
         ("MODEL: {MASK_FORMER: {NHEADS: null}}", "NHEADS must be of type int, got None"),
-        ("MODEL: {MASK_FORMER: 3}", "MASK_FORMER.* lies in no section"),
+        ("MODEL: {MASK_FORMER: 3}", "MASK_FORMER.* must lie in a section"),
         ("MODEL: {SWIN: {DEPTHS: 2}}", "DEPTHS must be a list, got 2"),
         ("MODEL: {SWIN: {DEPTHS: [2, two]}}", "DEPTHS must be of type int, got 'two'"),
         ("MODEL: {SWIN: {APE: true}}", "APE is True"),

@@ -1,4 +1,4 @@
-"""The analyses of the paper as pictures, of any model and any images: one figure per file.
+"""The paper's figures, for any model and any images: one figure per file.
 
-Each file measures in one function and draws in another; a drawing is a Pillow image, and depends on its data alone.
+In each file one function measures and another one draws. A drawing is a Pillow image and depends only on its data.
 """

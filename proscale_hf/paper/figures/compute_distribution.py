@@ -25,8 +25,10 @@ def parts_of(cost: Cost) -> dict[str, float]:
 
 def draw_compute_distribution(costs: Mapping[str, Cost], height: int, width: int) -> Image.Image:
     """
+    Draw figure 1.
+
     Args:
-        costs: what `measure_cost` found, by name of the model.
+        costs: results of `measure_cost`, by name of the model.
         height: of the image that the costs are for, in pixels.
         width: as `height`.
 

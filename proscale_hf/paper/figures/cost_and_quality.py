@@ -1,9 +1,9 @@
 """Cost against quality (paper, figure 10): GFLOPs and PQ of models, with lines through the one to compare with.
 
-The numbers come from files. Each is a CSV file with the columns `name`, `gflops` and `pq` (in percent), or a JSON file
-with one such object or a list of them. Results that the tools here write are understood too: `results.json` of
-`proscale evaluate`, the files of `examples/compare_encoders.py`, and costs under `total_gflops`. Entries of one name
-belong together, so PQ and GFLOPs may come from different files, and a model may have been measured several times.
+The numbers come from files: a CSV file with the columns `name`, `gflops` and `pq` (in percent), or a JSON file with one
+such object or a list of them. `results.json` of `proscale evaluate`, the files of `examples/compare_encoders.py` and
+costs under `total_gflops` are understood, too. Entries of one name belong together, so PQ and GFLOPs may come from
+different files, and a model may have several PQs.
 """
 
 import csv
@@ -26,7 +26,7 @@ from proscale_hf.paper.figures.plotting import COLORS, plot_style, shortened, to
 
 @dataclass(frozen=True)
 class Result:
-    """What is known of one model.
+    """Cost and quality of one model.
 
     Attributes:
         name: of the model.
@@ -51,6 +51,8 @@ class Result:
 
 def read_results(paths: Iterable[str | Path], count_gflops: Callable[[str], float] | None = None) -> list[Result]:
     """
+    Read results from files.
+
     Args:
         paths: CSV and JSON files.
         count_gflops: called with the name of a model that has no GFLOPs in the files.
@@ -59,7 +61,7 @@ def read_results(paths: Iterable[str | Path], count_gflops: Callable[[str], floa
         One result for each name, in the order of their first appearance.
 
     Raises:
-        ValueError: a file cannot be understood, or a model lacks a number; the message names it.
+        ValueError: a file cannot be understood, or a model lacks a number; the message names the file or the model.
     """
     gflops: dict[str, float] = {}
     qualities: dict[str, list[float]] = {}
@@ -92,7 +94,7 @@ def read_results(paths: Iterable[str | Path], count_gflops: Callable[[str], floa
 
 
 def _entries(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
-    """The results in a file, each with words that say where it stands."""
+    """The results in a file, each with its place, such as "result 2 in FILE"."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".csv":
@@ -109,7 +111,7 @@ def _entries(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _quality(entry: Mapping[str, Any]) -> Any:
-    """The PQ in percent wherever the file has it, else None."""
+    """The PQ in percent, in whichever form the file has it; None if it has none."""
     match entry:
         case {"panoptic": {"All": {"pq": int() | float() as share}}}:  # of `proscale evaluate`
             return 100 * share
@@ -132,9 +134,11 @@ def _number(value: Any, what: str, largest: float) -> float:
 
 def draw_cost_and_quality(results: Sequence[Result], baseline: str | None = None) -> Image.Image:
     """
+    Draw figure 10.
+
     Args:
         results: the models.
-        baseline: name of the one that the dashed lines go through; default: the first.
+        baseline: name of the model that the dashed lines go through; by default the first one.
 
     Returns:
         The figure. Bars are standard deviations, where a model was measured several times.
@@ -163,7 +167,7 @@ def draw_cost_and_quality(results: Sequence[Result], baseline: str | None = None
 
 
 def _write_names(axes: Axes, results: Sequence[Result], reference: Result) -> None:
-    """Puts each name beside its point, where it covers the least of points, of the names before it and of the lines."""
+    """Puts each name beside its point, where it covers the least of points, lines and names placed before it."""
     FigureCanvasAgg(axes.figure).draw()  # settles where the points are
     points = [tuple(axes.transData.transform((result.gflops, result.quality))) for result in results]
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]

@@ -1,4 +1,4 @@
-"""Looking into a model while it works on one image, with hooks: the model stays as it is."""
+"""Watches parts of a model while it works on one image, with hooks that are removed afterwards."""
 
 import contextlib
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class Observation:
-    """One image on its way through the model.
+    """What parts of the model do with one image.
 
     Args:
         model: the segmentation model.
@@ -19,7 +19,7 @@ class Observation:
         modules: parts of the model to watch.
 
     Attributes:
-        calls: for each of `modules` a list of (arguments, result), one for each time it was called.
+        calls: for each of `modules` a list with (arguments, result) of each call.
         size: (height, width) of the image as the model got it, without padding.
         outputs: what the model returned.
     """
@@ -41,6 +41,6 @@ class Observation:
             self.outputs = model(**inputs)
 
     def without_padding(self, feature_map: torch.Tensor, stride: int) -> torch.Tensor:
-        """The positions of a (..., height, width) map of that stride which see the image."""
+        """The part of a (..., height, width) map with this stride that shows the image."""
         height, width = (-(-side // stride) for side in self.size)
         return feature_map[..., :height, :width]

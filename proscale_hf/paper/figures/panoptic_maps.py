@@ -19,13 +19,15 @@ PICTURE_COLUMN = "picture"
 
 def find_panoptic_segments(model: Any, image_processor: Any, image: Image.Image) -> list[Segment]:
     """
+    Segment one image.
+
     Args:
         model: the segmentation model.
         image_processor: its image processor.
         image: what to segment.
 
     Returns:
-        What the model finds.
+        The segments that the model finds.
     """
     outputs = Observation(model, image_processor, image).outputs
     sizes = [(image.height, image.width)]
@@ -35,12 +37,14 @@ def find_panoptic_segments(model: Any, image_processor: Any, image: Image.Image)
 
 def class_colors(configs: Mapping[str, ProScaleMask2FormerConfig]) -> dict[str, dict[int, Color]]:
     """
+    Choose the colours of all models' classes.
+
     Args:
-        configs: of the models, by name.
+        configs: configurations of the models, by name.
 
     Returns:
-        For each model a colour for each of its labels; labels of one name have one colour. It is that of a model's
-        categories, where they have one.
+        For each model a colour for each of its labels. Labels of one name have one colour: the one in a model's
+        categories, if there is one.
     """
     labels = dict.fromkeys(label for config in configs.values() for label in config.id2label.values())
     colors = {label: segment_color(index) for index, label in enumerate(labels)}
@@ -61,10 +65,12 @@ def draw_panoptic_maps(
     colors: Mapping[str, Mapping[int, Color]],
 ) -> Image.Image:
     """
+    Draw figures 6 and 11.
+
     Args:
-        images: the pictures, which stand in the first column.
-        segments: for each model, by its name, what it found in each picture.
-        colors: of `class_colors`.
+        images: the pictures, for the first column.
+        segments: by name of the model, the segments that it found in each picture.
+        colors: result of `class_colors`.
 
     Returns:
         The figure, with the models' names above the columns.
@@ -100,7 +106,7 @@ def _fit(picture: Image.Image) -> Image.Image:
 
 
 def _fitting(name: str, font: ImageFont.FreeTypeFont) -> str:
-    """As much of the name's end as fits above a column."""
+    """The end of the name, as long as fits above a column."""
     for start in range(len(name)):
         text = name if start == 0 else "…" + name[start:]
         if font.getlength(text) <= COLUMN_WIDTH:

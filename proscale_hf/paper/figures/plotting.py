@@ -1,4 +1,4 @@
-"""What the plots share: fonts, colours that the colour-blind can tell apart, names, and the way to a picture."""
+"""The plots' common parts: fonts, colours that the colour-blind can tell apart, names, and the final picture."""
 
 import contextlib
 import math
@@ -28,7 +28,7 @@ STYLE = {
 
 @contextlib.contextmanager
 def plot_style() -> Iterator[None]:
-    """Draws inside look the same whatever the user's own settings of matplotlib are."""
+    """Plots that are drawn inside a `with` block look the same, whatever the user's settings of matplotlib are."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
@@ -36,7 +36,7 @@ def plot_style() -> Iterator[None]:
 
 
 def to_picture(figure: Figure) -> Image.Image:
-    """The figure's pixels, RGB. No display and no window is involved."""
+    """The figure's pixels, RGB. This needs no display and opens no window."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.array(canvas.buffer_rgba())).convert("RGB")
@@ -49,5 +49,5 @@ def scale_name(stride: int) -> str:
 
 
 def shortened(name: str, longest: int = 32) -> str:
-    """A name that fits on a plot: its end, which tells models apart better than the path before."""
+    """A name that fits on a plot: its end, which tells models apart better than its beginning."""
     return name if len(name) <= longest else "…" + name[1 - longest :]

@@ -1,7 +1,7 @@
 """What token recalibration does to an image's maps (paper, appendix C and figure 8).
 
-For each map that is recalibrated: the attention map sigmoid(temperature * projection(resized finest map)), and the
-map's strength (mean absolute value of the channels) before and after.
+For each recalibrated map this shows the attention map, sigmoid(temperature * projection(resized finest map)), and the
+map's strength, the mean absolute value of the channels, before and after.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ class Recalibration:
 
     Attributes:
         stride: of the map.
-        attention: (height, width), in 0..1. With the layout "original" and a convolution, positions are mixed up in it,
-            as they are in the computation.
+        attention: (height, width), in 0..1. With the layout "original" and a convolution its positions are mixed up,
+            as they are in the model.
         before: (height, width), the mean absolute value of the channels.
         after: the same, after the map was multiplied with `attention`.
         extent: (left, right, bottom, top) of the map in units of the image's size.
@@ -42,13 +42,15 @@ class Recalibration:
 
 def measure_recalibration(model: Any, image_processor: Any, image: Image.Image) -> list[Recalibration]:
     """
+    Watch the token recalibration of one image.
+
     Args:
         model: the segmentation model.
         image_processor: its image processor.
         image: what to look at.
 
     Returns:
-        One for each recalibrated map, coarse to fine.
+        One result for each recalibrated map, coarse to fine.
 
     Raises:
         ValueError: the model has no token recalibration.
@@ -77,13 +79,15 @@ def measure_recalibration(model: Any, image_processor: Any, image: Image.Image) 
 
 def draw_recalibration(images: Sequence[Image.Image], recalibrations: Sequence[Sequence[Recalibration]]) -> Image.Image:
     """
+    Draw figure 8.
+
     Args:
         images: the pictures.
-        recalibrations: of `measure_recalibration`, for each picture.
+        recalibrations: for each picture the result of `measure_recalibration`.
 
     Returns:
-        The figure: a row for each map of each picture. Attention has its own scale. "After" is divided by the mean
-        attention, so that it has the scale of "before" and differs from it only where attention does.
+        The figure, with a row for each map of each picture. Attention has its own scale. "After" is divided by the mean
+        attention: so it has the scale of "before", and differs from it only where attention differs.
     """
     rows = [(image, found) for image, maps in zip(images, recalibrations, strict=True) for found in maps]
     heights = [min(max(image.height / image.width, FLATTEST), TALLEST) for image, _ in rows]

@@ -1,7 +1,7 @@
 """How alike neighbouring tokens are, for each scale (paper, figure 9): the redundancy that PRO-SCALE saves on.
 
-Measured on the maps that enter the encoder, before positions are added: the cosine similarity of each token and the
-one `distance` further along the token dimension (row after row), averaged over tokens, then over images.
+The measure is the cosine similarity of each token and the token `distance` further on, row after row, in the maps that
+enter the encoder, before positions are added. It is averaged over tokens, then over images.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,9 +18,11 @@ from proscale_hf.paper.figures.plotting import COLORS, plot_style, scale_name, t
 
 def similarity_by_distance(feature_map: torch.Tensor, longest_distance: int) -> np.ndarray:
     """
+    Compare the tokens of one map.
+
     Args:
         feature_map: (channels, height, width).
-        longest_distance: in tokens; no more than half of the tokens is used, so that each mean is over many pairs.
+        longest_distance: in tokens; at most half of the number of tokens is used, so that each mean has many pairs.
 
     Returns:
         (distances,) float64, the mean cosine similarity at distance 1, 2, ...
@@ -34,14 +36,16 @@ def measure_token_similarity(
     model: Any, image_processor: Any, images: Iterable[Image.Image], longest_distance: int = 100
 ) -> dict[int, np.ndarray]:
     """
+    Compare the tokens of a model's maps.
+
     Args:
         model: the segmentation model.
         image_processor: its image processor.
-        images: what to average over.
+        images: the images to average over.
         longest_distance: in tokens.
 
     Returns:
-        For each stride (distances,) the mean similarity at distance 1, 2, ..., as far as the smallest image's map
+        For each stride (distances,), the mean similarity at distance 1, 2, ..., as far as the smallest image's map
         allows.
 
     Raises:
@@ -63,11 +67,13 @@ def measure_token_similarity(
 
 def draw_token_similarity(similarity: Mapping[int, np.ndarray]) -> Image.Image:
     """
+    Draw figure 9.
+
     Args:
-        similarity: of `measure_token_similarity`.
+        similarity: result of `measure_token_similarity`.
 
     Returns:
-        The figure, one curve for each scale.
+        The figure, with one curve for each scale.
     """
     with plot_style():
         figure = Figure(figsize=(7, 4))
