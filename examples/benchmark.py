@@ -1,4 +1,4 @@
-"""Compares this package's models with others on this machine: `proscale benchmark`, as a script."""
+"""Compare this package's models with others on this machine: `proscale benchmark` as a script."""
 
 import sys
 

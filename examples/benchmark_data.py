@@ -1,8 +1,8 @@
-"""How fast one data worker is: samples of 640 x 480 with 20 segments, through each recipe of augmentation.
+"""Measure how fast one data worker is: samples of 640 x 480 with 20 segments, in each kind of augmentation.
 
     OMP_NUM_THREADS=1 python examples/benchmark_data.py
 
-Decoding the image file is measured apart from the transform. Photographs come from scikit-image.
+The decoding of the image file is measured separately. Photographs come from scikit-image.
 """
 
 import argparse
@@ -38,7 +38,7 @@ NAMES = ("astronaut", "coffee", "chelsea", "rocket")
 
 
 def photograph_sample(name: str, size: tuple[int, int], segments: int) -> Sample:
-    """One of scikit-image's photographs, cut into about so many pieces of like colour."""
+    """One of scikit-image's photographs, cut into about `segments` pieces of similar colour."""
     image = Image.fromarray(getattr(photographs, name)()).convert("RGB").resize(size)
     segment_map = slic(np.asarray(image), segments, compactness=30, start_label=1).astype(np.int32)
     infos = [{"id": int(index), "label_id": int(index) % 5, "iscrowd": 0} for index in np.unique(segment_map)]

@@ -1,11 +1,11 @@
-"""Times panoptic quality of COCO-panoptic files beside panopticapi, the reference implementation.
+"""Measure the time that panoptic quality of COCO-panoptic files takes here and in panopticapi, the reference.
 
     python examples/benchmark_panoptic_quality.py --images 1000 --panopticapi FOLDER
 
 makes a set of images of 480 x 640 pixels with about 15 segments each, evaluates it with both in turns, and prints the
-times and whether the numbers agree. FOLDER is a checkout of github.com/cocodataset/panopticapi; without it the
-installed package is taken. The time of the whole command has the start of Python and all imports in it; processor time
-is that of all processes together, and does not depend on what else the machine does.
+times and the largest difference of the numbers. FOLDER is a checkout of github.com/cocodataset/panopticapi; without it
+the installed package is taken. The time of the whole command includes the start of Python and all imports. Processor
+time is that of all processes together; it does not depend on other work of the machine.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def write_set(folder: Path, images: int) -> None:
 
 
 def run(code: str, folder: Path, processes: int, python_path: Path | None) -> dict[str, Any]:
-    """What a fresh Python says, and "whole command", the seconds of all of it."""
+    """The output of a fresh Python, and under "whole command" the seconds of the whole command."""
     paths = [str(path) for path in (python_path, Path(__file__).parents[1]) if path is not None]
     command = [sys.executable, "-c", code, *(str(folder / name) for name in SET), str(processes)]
     start = time.perf_counter()
@@ -124,7 +124,7 @@ def main() -> None:
     environment = {**os.environ, "PYTHONPATH": str(options.panopticapi or "")}
     if subprocess.run(check, capture_output=True, env=environment).returncode:
         sys.exit(
-            "error: panopticapi is not there; clone github.com/cocodataset/panopticapi and give --panopticapi FOLDER."
+            "error: panopticapi is not here; clone github.com/cocodataset/panopticapi and give --panopticapi FOLDER"
         )
     runs = []
     with tempfile.TemporaryDirectory() as name:

@@ -1,12 +1,12 @@
-"""The paper's claim on a small scale: encoders compared on the demo scenes, same seed, data and steps for each.
+"""Compare encoders on the demo scenes, with the same seed, data and steps: the paper's claim on a small scale.
 
     python examples/compare_encoders.py --output comparison --seeds 0 1 2
     python examples/compare_encoders.py --output comparison --report
 
-The first command trains what has no result in the folder yet, so it can be stopped, started again, and run several
-times at once. The second one measures the speed of all models, in turns, and prints a Markdown table. As in the paper,
-a segmentation model starts from a backbone that was trained to classify, here on pixels of the same scenes: one for
-each seed, shared by all models.
+The first command trains every model that has no result in the folder yet. So it can be stopped and started again, and
+several can run at once. The second command measures the speed of all models, in turns, and prints a Markdown table. As
+in the paper, a segmentation model starts from a backbone that was trained to classify. Here it classified pixels of the
+same scenes; there is one for each seed, which all models share.
 """
 
 import argparse
@@ -77,7 +77,7 @@ SPEED_ROUNDS = 15
 
 
 def create_model(name: str) -> PreTrainedModel:
-    """A new model of one of `NAMES`, all with the sizes of the model that comes with the package."""
+    """A new model of one of `NAMES`; all have the sizes of the model that comes with the package."""
     config = small_config()
     for field, value in CONFIGURATIONS.get(name, MASK2FORMER).items():
         setattr(config, field, value)
@@ -88,7 +88,7 @@ def create_model(name: str) -> PreTrainedModel:
 
 
 def pretrained_backbone(output: Path, seed: int) -> dict[str, torch.Tensor]:
-    """Weights of the seed's backbone, trained if they are not in the folder yet."""
+    """Weights of the seed's backbone, which is trained first if the folder does not have it yet."""
     path = output / f"backbone-{seed}.safetensors"
     if not path.exists():
         arguments = TrainingArguments(
@@ -108,7 +108,7 @@ def pretrained_backbone(output: Path, seed: int) -> dict[str, torch.Tensor]:
 
 
 def train(name: str, seed: int, steps: int, output: Path, device: str, use_kernels: bool) -> dict:
-    """Train one model and measure it on held-out scenes: what goes into its result file."""
+    """Train one model and measure it on held-out scenes; returns the content of its result file."""
     backbone = pretrained_backbone(output, seed)
     set_seed(seed)
     model = create_model(name).to(device)
@@ -144,7 +144,7 @@ def train(name: str, seed: int, steps: int, output: Path, device: str, use_kerne
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """The file appears when it is complete."""
+    """Write a file that appears only when it is complete."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     write(temporary)
     temporary.replace(path)
@@ -155,7 +155,7 @@ def result_path(output: Path, name: str, seed: int) -> Path:
 
 
 def measure_speed(names: list[str], device: str, use_kernels: bool) -> dict[str, float]:
-    """Images per second of the forward pass, a batch of training size: medians of runs in turns."""
+    """Images per second of forward passes with a batch as in training: medians of runs in turns."""
     models = {name: create_model(name).to(device).eval() for name in names}
     for name, model in models.items():
         if use_kernels and name != TRANSFORMERS:
@@ -201,7 +201,7 @@ def report(output: Path, device: str, use_kernels: bool) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Mean, and standard deviation where there is one."""
+    """The mean, and with several values their standard deviation."""
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{deviation}"
 
@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="print the table of the results instead of training")
     arguments = parser.parse_args()
     if arguments.steps <= WARMUP_STEPS:
-        parser.error(f"--steps must be more than {WARMUP_STEPS}, which warm up")
+        parser.error(f"--steps must be more than {WARMUP_STEPS}, the steps of the warm-up")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"

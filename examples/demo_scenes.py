@@ -1,12 +1,11 @@
-"""Demo scenes: handwritten digits on photographed ground, from pictures inside scikit-image and scikit-learn.
+"""Make demo scenes: handwritten digits on photographed ground, from pictures inside scikit-image and scikit-learn.
 
-A scene is ground of one to three kinds (photographs of brick, grass and gravel, tinted; the *stuff*) with one
-to four handwritten digits on top (the *things*), which may cover one another in part. Every pixel belongs to
-one segment, so a scene is a panoptic ground truth. Nothing is downloaded, and a scene depends on (split,
-seed, index) alone.
+The ground of a scene has one to three kinds of *stuff*: tinted photographs of brick, grass and gravel. On it lie one to
+four *things*, handwritten digits, which may cover one another in part. Every pixel belongs to one segment, so a scene
+is a panoptic ground truth. Nothing is downloaded. A scene depends only on (split, seed, index).
 
-The two splits share no source pixel: training takes the first digits of scikit-learn's set and the left
-halves of the photographs, held-out scenes take the last digits (other writers) and the right halves.
+The two splits share no source pixel: training takes the first digits of scikit-learn's set and the left halves of the
+photographs, held-out scenes take the last digits (by other writers) and the right halves.
 
     python examples/demo_scenes.py --output scenes --number 200 --split held-out --seed 0
 
@@ -45,7 +44,7 @@ WIDTH_RANGE = (128, 160)
 DIGIT_SIZE_RANGE = (48, 80)
 MAX_DIGITS = 4
 MAX_ROTATION_DEGREES = 15
-TRAIN_DIGITS = 1347  # of 1797; they are ordered by writer, so the rest is by other hands
+TRAIN_DIGITS = 1347  # of 1797; they are ordered by writer, so the rest is by other writers
 MIN_VISIBLE_FRACTION = 0.8
 MIN_REGION_FRACTION = 0.1
 # Hues are in turns. They overlap: colour alone does not tell grass from gravel.
@@ -124,10 +123,10 @@ def draw_scene(generator: np.random.Generator, split: str, height: int, width: i
 def draw_ground(
     generator: np.random.Generator, split: str, height: int, width: int
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Lay out one to three kinds of ground.
+    """Paint one to three kinds of ground.
 
     Returns:
-        picture `(height, width, 3)` float32 in 0..255, segment ids `(height, width)` int32, and the label id
+        The picture `(height, width, 3)` float32 in 0..255, segment ids `(height, width)` int32, and the label id
         of each segment.
     """
     label_ids = generator.permutation(STUFF_LABEL_IDS)[: generator.integers(1, 3, endpoint=True)].tolist()
@@ -183,7 +182,7 @@ def draw_digit(generator: np.random.Generator, split: str) -> tuple[int, np.ndar
     """Take a handwritten digit, enlarge and turn it.
 
     Returns:
-        label id (the digit) and its coverage, `(height, width)` float32 in 0..1, cropped to the digit.
+        The label id (the digit) and its coverage, `(height, width)` float32 in 0..1, cropped to the digit.
     """
     pixels, digits = load_digit_split(split)
     index = generator.integers(len(digits))
@@ -202,12 +201,12 @@ def draw_digit(generator: np.random.Generator, split: str) -> tuple[int, np.ndar
 def find_place(
     generator: np.random.Generator, mask: np.ndarray, segment_ids: np.ndarray, full_areas: dict[int, int]
 ) -> tuple[slice, slice] | None:
-    """Find where the digit hides no earlier one too much; None when 20 random places all do.
+    """Find a place where the digit hides no earlier one too much; None if 20 random places all do.
 
     Args:
         mask: `(digit height, digit width)` bool.
-        segment_ids: `(height, width)` int32, what is there so far.
-        full_areas: pixels of each earlier digit when nothing covers it, by segment id.
+        segment_ids: `(height, width)` int32, the scene so far.
+        full_areas: by segment id, the number of pixels of each earlier digit when nothing covers it.
     """
     for _ in range(20):
         top = int(generator.integers(segment_ids.shape[0] - mask.shape[0], endpoint=True))
@@ -248,7 +247,7 @@ def describe_segments(segment_ids: np.ndarray, label_ids: list[int]) -> list[dic
 
 @cache
 def load_digit_split(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """The split's digits: `(number, 8, 8)` float32 of ink in 0..1, and `(number,)` which digit each is."""
+    """The split's digits: `(number, 8, 8)` float32 ink in 0..1, and `(number,)` the digit that each shows."""
     digits = load_digits()
     part = slice(None, TRAIN_DIGITS) if split == "train" else slice(TRAIN_DIGITS, None)
     return (digits.images[part] / 16).astype(np.float32), digits.target[part]

@@ -1,8 +1,8 @@
-"""A stand-in for your own data: pictures of shapes, annotated with polygons as COCO's instance data are.
+"""Make a stand-in for your own data: pictures of shapes with polygons, in COCO's instance format.
 
     python examples/demo_shapes.py --output data
 
-writes `train/*.png`, `train.json`, `val/*.png` and `val.json`. A picture depends on its split and number alone.
+writes `train/*.png`, `train.json`, `val/*.png` and `val.json`. A picture depends only on its split and number.
 """
 
 import argparse

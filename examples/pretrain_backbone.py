@@ -1,7 +1,7 @@
-"""Give a new backbone something to start from: it learns to name each pixel's class, on the demo scenes.
+"""Train a new backbone to name each pixel's class on the demo scenes, before it trains in a segmentation model.
 
-Segmentation models start from backbones that were trained to classify. Without that, a small one takes long to see
-that the ten digits differ; this takes two minutes.
+Segmentation models start from backbones that were trained to classify. Without that, a small model takes long to tell
+the ten digits apart. This takes two minutes.
 """
 
 from dataclasses import replace
@@ -25,7 +25,7 @@ STUFF_WEIGHT = 0.1  # there are about ten times as many pixels of stuff
 
 
 class PixelClassifier(nn.Module):
-    """A backbone and, on each of its maps, a linear classifier of pixels."""
+    """A backbone with a linear classifier of pixels on each of its maps."""
 
     def __init__(self, backbone_config: PreTrainedConfig):
         super().__init__()
@@ -64,7 +64,7 @@ def pretrain_backbone(
 
 
 def collate_pixels(scenes: list[Scene], collate_scenes) -> dict[str, torch.Tensor]:
-    """`pixel_values` (batch, 3, height, width) and the `labels` of every fourth pixel; padding is ignored."""
+    """`pixel_values` (batch, 3, height, width), and `labels` of every fourth pixel, without padding."""
     batch = collate_scenes(scenes)
     batch_size, _, height, width = batch["pixel_values"].shape
     labels = torch.full((batch_size, height, width), IGNORED)

@@ -1,10 +1,10 @@
-"""Train a small PRO-SCALE Mask2Former with `Trainer` on the demo scenes: it makes the shipped model.
+"""Train a small PRO-SCALE Mask2Former with `Trainer` on the demo scenes. This made the model in the package.
 
     python examples/train_demo_model.py --output_dir demo_model
 
-A new model's backbone first learns to classify single pixels, see `pretrain_backbone.py`.
-Every option of `TrainingArguments` can be given. To fine-tune a model instead of starting a new one, name it
-with `--model_name_or_path`. Each scene is seen once: there is no end of them.
+A new model's backbone first learns to classify single pixels, see `pretrain_backbone.py`. Every option of
+`TrainingArguments` can be given. `--model_name_or_path` names a model to fine-tune instead of starting a new one.
+Each scene is seen once, since there is no end of scenes.
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from proscale_hf import (
 )
 
 
-# Scenes of one size make one group in the backbone, whose batch norm then sees the whole batch.
+# Scenes of one size go through the backbone together, so its batch norm sees the whole batch.
 TRAIN_SIZE = (128, 128)
 
 
@@ -82,7 +82,7 @@ class PanopticTrainer(Trainer):
 
 
 def small_config() -> ProScaleMask2FormerConfig:
-    """About 2 million parameters: a ResNet with basic blocks, and 64 channels from there on."""
+    """About 2 million parameters: a ResNet with basic blocks, and 64 channels in the rest of the model."""
     backbone_config = ResNetConfig(
         embedding_size=32,
         hidden_sizes=[32, 64, 128, 160],

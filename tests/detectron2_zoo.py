@@ -1,8 +1,8 @@
 """Facts about the originals' published models: their configurations, and the names and shapes in their checkpoints.
 
-Mask2Former publishes a folder of configurations for each data set and task, PRO-SCALE a single folder. In each, a
-`Base-` file describes the data set, one on top of it the model with a ResNet-50, and further ones replace its backbone.
-Names and shapes follow the structure of the originals' modules; nothing here comes from the converter.
+Mask2Former publishes a folder of configurations for each data set and task, PRO-SCALE a single folder. In each folder a
+`Base-` file describes the data set, a file on top of it describes the model with a ResNet-50, and further files replace
+the backbone. Names and shapes follow the structure of the originals' modules; nothing here comes from the converter.
 """
 
 from collections.abc import Iterable
@@ -51,7 +51,7 @@ class Swin:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What names and shapes depend on; the defaults are Mask2Former's."""
+    """The facts that names and shapes depend on; the defaults are Mask2Former's."""
 
     backbone: ResNet | Swin
     classes: int
@@ -76,7 +76,7 @@ SWIN_L = Swin(192, (2, 2, 18, 2), (6, 12, 24, 48), window=12, image_size=384)
 
 @dataclass(frozen=True)
 class Variant:
-    """What a file changes in its folder's model."""
+    """The changes that a file makes to its folder's model."""
 
     backbone: ResNet | Swin
     queries: int = 100
@@ -297,7 +297,7 @@ class Published:
 
 
 def published(folders: dict[str, Folder]) -> list[Published]:
-    """Every configuration of the folders but for the `Base-` files, which describe no model."""
+    """Every configuration of the folders, except the `Base-` files, which describe no model."""
     return [
         Published(f"configs/{name}/{file}" if name else f"configs/{file}", folder, variant)
         for name, folder in folders.items()
@@ -473,7 +473,7 @@ class StateDict(dict[str, Tensor]):
 
 
 def checkpoint(architecture: Architecture, device: str = "meta") -> dict[str, Tensor]:
-    """What a detectron2 checkpoint has under `model`, by name."""
+    """The tensors of a detectron2 checkpoint under `model`, by name."""
     state = StateDict(device)
     backbone = architecture.backbone
     if isinstance(backbone, ResNet):
@@ -512,7 +512,7 @@ def add_resnet(state: StateDict, resnet: ResNet, prefix: str) -> None:
 
 
 def add_swin(state: StateDict, swin: Swin, prefix: str) -> None:
-    """What Swin as a backbone and Swin as a classifier have in common."""
+    """The common part of Swin as a backbone and Swin as a classifier."""
     state.linear(f"{prefix}patch_embed.proj", swin.embed_dim, 3, 4, 4)
     state.norm(f"{prefix}patch_embed.norm", swin.embed_dim)
     tokens = swin.window**2

@@ -38,7 +38,7 @@ FOUR_LEVELS = {
 
 
 def tiny_config(**changes: Any) -> ProScaleMask2FormerConfig:
-    """Three stages, five predictions, four classes."""
+    """A configuration with three stages, five predictions and four classes."""
     settings = {
         "backbone_config": dict(TINY_SWIN),
         "encoder_stage_layers": (1, 2, 1),
@@ -59,7 +59,7 @@ def tiny_config(**changes: Any) -> ProScaleMask2FormerConfig:
 
 
 def tiny_model(seed: int = 0, **changes: Any) -> ProScaleMask2FormerForUniversalSegmentation:
-    """In evaluation mode, with weights far enough from their initial values that every part has an effect."""
+    """A model in evaluation mode, with weights so far from their initial values that every part has an effect."""
     torch.manual_seed(seed)
     model = ProScaleMask2FormerForUniversalSegmentation(tiny_config(**changes))
     with torch.no_grad():
