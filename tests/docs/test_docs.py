@@ -92,7 +92,7 @@ def check_options(words: list[str]) -> None:
 
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-PATH = re.compile(r"(?:proscale_hf|tests|examples|docs|convert|kernels)(?:/[\w.-]+)+")
+PATH = re.compile(r"(?:proscale_hf|tests|examples|docs|convert|kernels)(?:/[\w.-]+)+/?")
 RECIPE = re.compile(r"\w+\.yaml")
 DOTTED_NAME = re.compile(r"\b(?:proscale_hf|convert)(?:\.[A-Za-z_]\w*)+")
 IMPORT = re.compile(r"^from (proscale_hf[\w.]*) import (\([^)]*\)|.*)$", re.MULTILINE)
