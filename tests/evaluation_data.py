@@ -70,7 +70,12 @@ def right_outputs(height: int, labels: tuple[int, ...] = (0, 0, 2, 1, 1)) -> dic
         masks[0, query, :, left // 4 : right // 4] = 20
         classes[0, query, labels[query]] = 20
     sizes = torch.tensor([[height, 96]])
-    return {"class_queries_logits": classes, "masks_queries_logits": masks, "image_sizes": sizes}
+    return {
+        "class_queries_logits": classes,
+        "masks_queries_logits": masks,
+        "image_sizes": sizes,
+        "padded_sizes": sizes,
+    }
 
 
 class NearlyRight(torch.nn.Module):
@@ -94,8 +99,8 @@ class NearlyRight(torch.nn.Module):
             answer = self.answers[int(255 * image[0, 0, 0]) % len(self.answers)]
             outputs.append(right_outputs(image.shape[1], tuple(self.names.index(name) for name in answer)))
         heights, widths = pixel_mask.any(2).sum(1), pixel_mask.any(1).sum(1)
-        logits = ("class_queries_logits", "masks_queries_logits")
-        batch = {name: torch.cat([output[name] for output in outputs]) for name in logits}
+        names = ("class_queries_logits", "masks_queries_logits", "padded_sizes")
+        batch = {name: torch.cat([output[name] for output in outputs]) for name in names}
         return {**batch, "image_sizes": torch.stack((heights, widths), dim=1)}
 
     @staticmethod

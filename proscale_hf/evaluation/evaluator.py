@@ -82,7 +82,7 @@ class Evaluator:
         Args:
             samples: the images with their truth.
             outputs: of the model, for these images in this order; anything with `["class_queries_logits"]` and
-                `["masks_queries_logits"]`, and `["image_sizes"]` where the batch was padded.
+                `["masks_queries_logits"]`, and `["image_sizes"]` and `["padded_sizes"]` as the model gives them.
             image_processor: the one that made the batch.
 
         Raises:
@@ -92,7 +92,7 @@ class Evaluator:
         for index, sample in enumerate(samples):
             output = {
                 name: outputs[name][index : index + 1]
-                for name in ("class_queries_logits", "masks_queries_logits", "image_sizes")
+                for name in ("class_queries_logits", "masks_queries_logits", "image_sizes", "padded_sizes")
                 if outputs.get(name) is not None
             }
             options = {"target_sizes": [(sample.image.height, sample.image.width)]}

@@ -1,9 +1,51 @@
-"""Sizes of images, resized and padded."""
+"""Sizes of images: resized, padded, and of the batch they are in. A size is (height, width), in pixels."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 from transformers.image_utils import SizeDict
 
 
 Size = tuple[int, int]  # height, width
+
+
+@dataclass(frozen=True)
+class ImageSizes:
+    """
+    What preprocessing makes of one image's size.
+
+    Args:
+        original: of the upright image, as it was given.
+        resized: of the image in the batch, without padding.
+        padded: of the batch; all its images have the same.
+    """
+
+    original: Size
+    resized: Size
+    padded: Size
+
+
+def sizes_in_batch(
+    originals: Iterable[Size], size: SizeDict | None, pad_size: SizeDict | None, divisor: int
+) -> list[ImageSizes]:
+    """
+    Sizes of images that become one batch.
+
+    Args:
+        originals: of the images.
+        size: what they are resized to, see [`resized_size`]; `None`: they stay as they are.
+        pad_size: size of the batch; `None`: the largest of the images, rounded up to multiples of `divisor`.
+        divisor: see `pad_size`; at least 1.
+
+    Raises:
+        `ValueError`: `size` is incomplete, or an image does not fit into `pad_size`.
+    """
+    originals = [(height, width) for height, width in originals]
+    resized = originals if size is None else [resized_size(original, size) for original in originals]
+    padded = padded_size(resized, pad_size, divisor)
+    return [ImageSizes(original, new, padded) for original, new in zip(originals, resized, strict=True)]
 
 
 def resized_size(image_size: Size, size: SizeDict) -> Size:
@@ -15,7 +57,7 @@ def resized_size(image_size: Size, size: SizeDict) -> Size:
         size: `height` and `width`, or `shortest_edge` and/or `longest_edge`, or `max_height` and `max_width`.
 
     Raises:
-        `ValueError`: for another `size`.
+        `ValueError`: `size` has none of these.
     """
     if size.height and size.width:
         return size.height, size.width
@@ -33,17 +75,33 @@ def resized_size(image_size: Size, size: SizeDict) -> Size:
     return max(1, int(height + 0.5)), max(1, int(width + 0.5))
 
 
-def _scaled(height: float, width: float, scale: float) -> tuple[float, float]:
-    return height * scale, width * scale
-
-
-def _padded_size(sizes: list[Size], pad_size: SizeDict | None, divisor: int) -> Size:
-    largest = tuple(max(size[axis] for size in sizes) for axis in (0, 1))
+def padded_size(sizes: list[Size], pad_size: SizeDict | None, divisor: int) -> Size:
+    """The size of a batch of images, see [`sizes_in_batch`]."""
+    height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
     if pad_size is None:
-        return tuple(-(-length // divisor) * divisor for length in largest)
-    if largest[0] > pad_size.height or largest[1] > pad_size.width:
+        return -(-height // divisor) * divisor, -(-width // divisor) * divisor
+    if height > pad_size.height or width > pad_size.width:
         raise ValueError(
             f"`pad_size` {pad_size.height} x {pad_size.width} is too small: "
-            f"after resizing, images have up to {largest[0]} x {largest[1]} pixels"
+            f"after resizing, images have up to {height} x {width} pixels"
         )
     return pad_size.height, pad_size.width
+
+
+def pixel_mask(sizes: list[ImageSizes]) -> np.ndarray:
+    """Where the images of a batch are: int64 (batch, height, width), 1 for the image and 0 for padding."""
+    masks = np.zeros((len(sizes), *sizes[0].padded), dtype=np.int64)
+    for mask, size in zip(masks, sizes, strict=True):
+        height, width = size.resized
+        mask[:height, :width] = 1
+    return masks
+
+
+def as_sizes(sizes: Any) -> list[Size]:
+    """(height, width) pairs of any kind, also a (batch, 2) array or tensor, as pairs of `int`."""
+    pairs = sizes.tolist() if hasattr(sizes, "tolist") else sizes
+    return [(int(height), int(width)) for height, width in pairs]
+
+
+def _scaled(height: float, width: float, scale: float) -> tuple[float, float]:
+    return height * scale, width * scale

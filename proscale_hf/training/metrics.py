@@ -14,7 +14,8 @@ from proscale_hf.processing.packed_masks import unpack_masks
 from proscale_hf.training.measures import headline
 
 
-OUTPUT_NAMES = ("class_queries_logits", "masks_queries_logits", "image_sizes")
+OUTPUT_NAMES = ("class_queries_logits", "masks_queries_logits", "image_sizes", "padded_sizes")
+NAMES_WITHOUT_PIXEL_MASK = ("class_queries_logits", "masks_queries_logits", "padded_sizes")
 
 
 class SegmentationMetrics:
@@ -66,7 +67,8 @@ class SegmentationMetrics:
         inputs = prediction.inputs
         if inputs is None:
             raise ValueError('SegmentationMetrics needs TrainingArguments(include_for_metrics=["inputs"]).')
-        outputs = dict(zip(OUTPUT_NAMES, prediction.predictions, strict=False))
+        names = OUTPUT_NAMES if len(prediction.predictions) > 3 else NAMES_WITHOUT_PIXEL_MASK
+        outputs = dict(zip(names, prediction.predictions, strict=False))
         class_labels = inputs["class_labels"]
         if len(class_labels) != len(outputs["class_queries_logits"]):
             raise ValueError("SegmentationMetrics works in one process; SegmentationTrainer evaluates in several.")

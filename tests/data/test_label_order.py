@@ -54,6 +54,7 @@ class Memory(torch.nn.Module):
             "class_queries_logits": class_logits[None],
             "masks_queries_logits": torch.where(masks, SURE, -SURE)[None],
             "image_sizes": torch.tensor([pixel_mask[0].any(1).sum(), pixel_mask[0].any(0).sum()])[None],
+            "padded_sizes": torch.tensor(pixel_mask.shape[1:])[None],
         }
 
 

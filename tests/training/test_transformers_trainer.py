@@ -54,10 +54,13 @@ class CountInstances:
 
     def __call__(self, evaluation: Any, compute_result: bool) -> dict[str, float] | None:
         self.batches.append((evaluation.predictions, evaluation.label_ids))
-        class_logits, mask_logits, image_sizes = evaluation.predictions
+        class_logits, mask_logits, image_sizes, padded_sizes = evaluation.predictions
         self.results += self.processor.post_process_instance_segmentation(
             SimpleNamespace(
-                class_queries_logits=class_logits, masks_queries_logits=mask_logits, image_sizes=image_sizes
+                class_queries_logits=class_logits,
+                masks_queries_logits=mask_logits,
+                image_sizes=image_sizes,
+                padded_sizes=padded_sizes,
             ),
             threshold=0.0,
             target_sizes=image_sizes,

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from transformers.utils import ModelOutput, is_torchvision_available
 
 from helpers import tiny_model
 from paths import FIXTURES, ROOT
-from proscale_hf.models import image_processor as image_processing_common
+from proscale_hf.models import segmentation_image_processor
 from proscale_hf.models.mask2former.image_processing_proscale_mask2former import (
     ProScaleMask2FormerImageProcessor,
     ProScaleMask2FormerImageProcessorPil,
@@ -485,12 +486,14 @@ def test_labels_can_train_the_model(backend):
 # post-processing
 
 
-def outputs_of(queries=6, labels=4, batch=2, size=(16, 24), seed=0, **extra):
+def outputs_of(queries=6, labels=4, batch=2, size=(16, 24), stride=4, seed=0, **extra):
+    """What a model gives whose masks have this size and stride."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(batch, queries, 3, 4, generator=generator) * 8
     return ModelOutput(
         class_queries_logits=torch.randn(batch, queries, labels + 1, generator=generator) * 5,
         masks_queries_logits=torch.nn.functional.interpolate(coarse, size=size, mode="bicubic"),
+        padded_sizes=torch.tensor([[stride * length for length in size]] * batch),
         **extra,
     )
 
@@ -548,6 +551,65 @@ def test_true_sizes_follow_from_the_targets(backend):
         *logits_of(outputs), padded_size=(96, 96), image_sizes=targets, target_sizes=targets
     )
     assert all(torch.equal(*pair) for pair in zip(without_resize, expected, strict=True))
+
+
+@pytest.mark.parametrize("stride", [1, 4, 8])
+@pytest.mark.parametrize("image_sizes", [None, [(50, 96), (64, 30)]])
+def test_the_padded_size_comes_from_the_outputs_or_is_given(stride, image_sizes):
+    """Whatever the stride of the masks, and in whatever form it is said."""
+    processor = ProScaleMask2FormerImageProcessorPil(do_resize=False)
+    outputs = outputs_of(size=(64 // stride, 96 // stride), stride=stride)
+    targets = [(50, 96), (64, 30)]
+    [*expected] = semantic_segmentation(
+        *logits_of(outputs), padded_size=(64, 96), image_sizes=targets, target_sizes=targets
+    )
+    logits = dict(zip(("class_queries_logits", "masks_queries_logits"), logits_of(outputs), strict=True))
+    known = {} if image_sizes is None else {"image_sizes": image_sizes}
+    arrays = {name: np.asarray(values) for name, values in {**logits, **known}.items()}
+    padded_sizes = [(64, 96)] * 2
+    for given, options in (
+        ({**logits, **known, "padded_sizes": padded_sizes}, {}),
+        ({**logits, **known, "padded_sizes": torch.tensor(padded_sizes)}, {}),
+        (SimpleNamespace(**arrays, padded_sizes=np.array(padded_sizes)), {}),
+        ({**logits, **known}, {"padded_size": (64, 96)}),
+        (SimpleNamespace(**arrays), {"padded_size": torch.Size((64, 96))}),
+        ({**logits, **known, "padded_sizes": [(640, 960)] * 2}, {"padded_size": [64, 96]}),
+    ):
+        results = processor.post_process_semantic_segmentation(given, target_sizes=targets, **options)
+        assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+
+
+def test_an_unknown_padded_size_is_not_guessed(backend):
+    outputs = dict(outputs_of())
+    processor = backend(do_resize=False)
+    methods = (
+        processor.post_process_panoptic_segmentation,
+        processor.post_process_semantic_segmentation,
+        processor.post_process_instance_segmentation,
+    )
+    del outputs["padded_sizes"]
+    for method in methods:
+        for targets in (None, [(60, 90)] * 2, [(64, 96), (32, 48)], [(64, 97)] * 2, [(65, 96)] * 2):
+            with pytest.raises(ValueError, match=r"pass `padded_size=\(height, width\)`") as caught:
+                method(outputs, target_sizes=targets)
+            assert "\n" not in str(caught.value)
+    outputs["padded_sizes"] = torch.tensor([[64, 96], [64, 128]])
+    for method in methods:
+        with pytest.raises(ValueError, match=r"\[\(64, 96\), \(64, 128\)\].*one batch at a time"):
+            method(outputs)
+
+
+@pytest.mark.parametrize("stride", [1, 4, 8])
+def test_targets_of_a_multiple_of_the_masks_are_the_whole_batch(backend, stride):
+    """transformers' example scripts keep logits alone, and compare with `mask_labels`, which have the batch's size."""
+    outputs = dict(outputs_of())
+    targets = [(16 * stride, 24 * stride)] * 2
+    del outputs["padded_sizes"]
+    results = backend().post_process_semantic_segmentation(outputs, target_sizes=targets)
+    expected = semantic_segmentation(
+        *logits_of(outputs), padded_size=targets[0], image_sizes=targets, target_sizes=targets
+    )
+    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
 
 
 def test_classes_without_maps_are_refused(backend):
@@ -655,7 +717,7 @@ def test_coco_run_lengths(backend):
 
 
 def test_missing_pycocotools_is_a_clear_error(backend, monkeypatch):
-    monkeypatch.setattr(image_processing_common, "coco_mask", None)
+    monkeypatch.setattr(segmentation_image_processor, "coco_mask", None)
     with pytest.raises(ImportError, match="pip install pycocotools"):
         backend().post_process_instance_segmentation(outputs_of(), return_coco_annotation=True)
 
