@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from proscale_hf.backbones.presets import BACKBONES
 from proscale_hf.cli.benchmark import size
 from proscale_hf.cli.console import CommandError, user_errors
 from proscale_hf.cli.device import add_device_options, place_model
 from proscale_hf.cli.evaluate import needed_libraries
 from proscale_hf.cli.loading import load_config
 from proscale_hf.cli.numbers import positive
-from proscale_hf.models.mask2former.presets import BACKBONES
 
 
 LONGEST_TABLE = 20  # rows

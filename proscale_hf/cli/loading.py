@@ -133,12 +133,12 @@ def load_config(name: str) -> Any:
 
     from proscale_hf.files.text import one_line
     from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
-    from proscale_hf.models.mask2former.presets import PRESETS
+    from proscale_hf.models.mask2former.presets import is_preset
 
     hub_logging.set_verbosity_error()  # not each attempt to reach the Hub
     transformers_logging.set_verbosity_error()  # nor that the type is another one, which is said below
     if not Path(name).exists():
-        if name in PRESETS:
+        if is_preset(name):
             return ProScaleMask2FormerConfig.from_preset(name)
         if name == "demo":
             name = str(DEMO_MODEL)

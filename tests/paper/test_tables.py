@@ -7,7 +7,7 @@ import pytest
 from paths import ROOT
 from proscale_hf import ProScaleMask2FormerConfig
 from proscale_hf.cost import measure_cost
-from proscale_hf.models.mask2former.presets import PRESETS
+from proscale_hf.models.mask2former.presets import preset_settings
 from proscale_hf.paper.tables import TABLES_FILE, PaperRow, paper_rows, to_markdown
 
 
@@ -28,7 +28,7 @@ def test_all_tables_are_there():
 
 @pytest.mark.parametrize(("table", "entry"), [pair for pair in ENTRIES if "preset" in pair[1]])
 def test_presets_are_what_the_rows_are_about(table, entry):
-    preset, settings = entry["preset"], PRESETS[entry["preset"]]
+    preset, settings = entry["preset"], preset_settings(entry["preset"])
     names = {"Swin-T": "swin-t", "Swin-S": "swin-s", "Swin-B": "swin-b-22k", "Swin-L": "swin-l-22k"}
     names |= {"ResNet-50": "r50", "ResNet-101": "r101", "MViTv2-T": "mvitv2-t"}
     assert f"-{names[entry['backbone']]}-{entry['dataset']}" in preset
@@ -85,7 +85,7 @@ def test_what_the_page_says_about_other_tables_and_figures():
         return measure_cost(ProScaleMask2FormerConfig.from_preset(preset, **changes), *size)
 
     coco, cityscapes = (800, 1067), (1024, 2048)
-    without_s1 = {key: PRESETS["rt-swin-t-cityscapes"][key] for key in ("backbone_config", "feature_strides")}
+    without_s1 = {key: preset_settings("rt-swin-t-cityscapes")[key] for key in ("backbone_config", "feature_strides")}
     without_s1 |= {"pixel_embedding": "none", "common_stride": 8}
     c1 = cost("mask2former-swin-t-cityscapes", cityscapes, **without_s1).encoder_gflops
     c2 = cost("proscale-swin-t-cityscapes-111", cityscapes, pixel_embedding="conv").encoder_gflops

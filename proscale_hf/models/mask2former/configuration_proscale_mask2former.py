@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
+from proscale_hf.backbones.presets import backbone_settings
 from proscale_hf.encoders.configuration import (
     EncoderConfig,
     check_choice,
@@ -20,7 +21,7 @@ from proscale_hf.encoders.configuration import (
 )
 from proscale_hf.hub.code import reference, write_code
 from proscale_hf.hub.names import resolved
-from proscale_hf.models.mask2former.presets import BACKBONES, preset_settings
+from proscale_hf.models.mask2former.presets import preset_settings
 from proscale_hf.processing.categories import check_categories
 
 
@@ -159,7 +160,7 @@ class ProScaleMask2FormerConfig(EncoderConfig):
 
     def __post_init__(self, **kwargs: Any):
         if self.backbone_config is None:
-            self.backbone_config = BACKBONES["swin-t"]
+            self.backbone_config = backbone_settings("swin-t")
         super().__post_init__(**kwargs)
 
     @classmethod

@@ -10,32 +10,12 @@ A preset is a new model's configuration: the paper's recalibration, padding kept
 
 import copy
 import difflib
+import re
+from itertools import product
 from typing import Any
 
+from proscale_hf.backbones.presets import BACKBONES, backbone_settings
 
-MAPS = ["stage1", "stage2", "stage3", "stage4"]  # at strides 4, 8, 16 and 32
-RESNET50 = {"model_type": "resnet", "depths": [3, 4, 6, 3], "out_features": MAPS}
-SWIN_TINY = {
-    "model_type": "swin",
-    "embed_dim": 96,
-    "depths": [2, 2, 6, 2],
-    "num_heads": [3, 6, 12, 24],
-    "window_size": 7,
-    "drop_path_rate": 0.3,
-    "out_features": MAPS,
-}
-SWIN_SMALL = {**SWIN_TINY, "depths": [2, 2, 18, 2]}
-SWIN_BASE = {**SWIN_SMALL, "image_size": 384, "window_size": 12, "embed_dim": 128, "num_heads": [4, 8, 16, 32]}
-BACKBONES = {
-    "r50": RESNET50,
-    "r101": {**RESNET50, "depths": [3, 4, 23, 3]},
-    "swin-t": SWIN_TINY,
-    "swin-s": SWIN_SMALL,
-    "swin-b": SWIN_BASE,
-    "swin-b-22k": SWIN_BASE,  # pretrained on more images
-    "swin-l-22k": {**SWIN_BASE, "embed_dim": 192, "num_heads": [6, 12, 24, 48]},
-    "mvitv2-t": {"model_type": "timm_backbone", "backbone": "mvitv2_tiny", "out_indices": [0, 1, 2, 3]},
-}
 
 NUM_LABELS = {
     "coco": 133,
@@ -56,16 +36,12 @@ NUM_LABELS = {
 
 WITHOUT_RECALIBRATION = {"token_recalibration": "none"}
 RT_STRIDES = [8, 16, 32]
-ENCODERS = {  # by what a name has in front and behind
-    ("proscale", ""): {},
-    **{
-        ("proscale", f"-{p1}{p2}{p3}"): {"encoder_stage_layers": [p1, p2, p3]}
-        for p1, p2, p3 in ((1, 1, 1), (2, 2, 2), (3, 1, 1), (1, 3, 1), (1, 1, 3))
-    },
-    ("mask2former", ""): {"encoder": "mask2former", "pixel_embedding": "conv", **WITHOUT_RECALIBRATION},
-    ("lite", ""): {"encoder": "lite", "pixel_embedding": "conv", **WITHOUT_RECALIBRATION},
-    ("lite-lpe", ""): {"encoder": "lite", "pixel_embedding": "maxpool", **WITHOUT_RECALIBRATION},
-    ("rt", ""): {
+ARCHITECTURES = {
+    "proscale": {},
+    "mask2former": {"encoder": "mask2former", "pixel_embedding": "conv", **WITHOUT_RECALIBRATION},
+    "lite": {"encoder": "lite", "pixel_embedding": "conv", **WITHOUT_RECALIBRATION},
+    "lite-lpe": {"encoder": "lite", "pixel_embedding": "maxpool", **WITHOUT_RECALIBRATION},
+    "rt": {
         "encoder": "rt",
         "pixel_embedding": "none",
         "common_stride": RT_STRIDES[0],
@@ -73,32 +49,7 @@ ENCODERS = {  # by what a name has in front and behind
         **WITHOUT_RECALIBRATION,
     },
 }
-
-
-def _settings(architecture: str, encoder: dict[str, Any], backbone: str, data: str) -> dict[str, Any]:
-    settings = {"backbone_config": BACKBONES[backbone], "num_labels": NUM_LABELS[data], **encoder}
-    if architecture == "rt":
-        settings["backbone_config"] = {
-            key: value[-len(RT_STRIDES) :] if key in ("out_features", "out_indices") else value
-            for key, value in BACKBONES[backbone].items()
-        }
-    # what Mask2Former's configurations change for some data sets
-    if backbone == "swin-l-22k" and not data.endswith("-semantic"):
-        settings["num_queries"] = 200
-    if (data.startswith("cityscapes") and backbone in ("r50", "r101")) or (data, backbone) == (
-        "ade20k-semantic",
-        "r101",
-    ):
-        settings["freeze_backbone_batch_norm"] = False
-    return settings
-
-
-PRESETS = {
-    f"{architecture}-{backbone}-{data}{stages}": _settings(architecture, encoder, backbone, data)
-    for (architecture, stages), encoder in ENCODERS.items()
-    for backbone in BACKBONES
-    for data in NUM_LABELS
-}
+STAGES = ("111", "222", "311", "131", "113")  # of "proscale" alone
 
 
 def preset_settings(name: str) -> dict[str, Any]:
@@ -112,7 +63,42 @@ def preset_settings(name: str) -> dict[str, Any]:
     Raises:
         ValueError: there is no such preset; the message has the nearest names.
     """
-    if name not in PRESETS:
-        nearest = difflib.get_close_matches(str(name).lower(), PRESETS, n=3, cutoff=0)
+    parts = _parts(name)
+    if parts is None:
+        nearest = difflib.get_close_matches(str(name).lower(), preset_names(), n=3, cutoff=0)
         raise ValueError(f"There is no preset {name!r}. The nearest names are {', '.join(nearest)}.")
-    return copy.deepcopy(PRESETS[name])
+    architecture, backbone, data, stages = parts
+    settings = {"num_labels": NUM_LABELS[data], **copy.deepcopy(ARCHITECTURES[architecture])}
+    settings["backbone_config"] = backbone_settings(backbone, maps=len(RT_STRIDES) if architecture == "rt" else 4)
+    if stages is not None:
+        settings["encoder_stage_layers"] = [int(layers) for layers in stages]
+    # what Mask2Former's configurations change for some data sets
+    if backbone == "swin-l-22k" and not data.endswith("-semantic"):
+        settings["num_queries"] = 200
+    is_cityscapes_resnet = data.startswith("cityscapes") and backbone in ("r50", "r101")
+    if is_cityscapes_resnet or (data, backbone) == ("ade20k-semantic", "r101"):
+        settings["freeze_backbone_batch_norm"] = False
+    return settings
+
+
+def is_preset(name: str) -> bool:
+    """Whether there is a preset of this name."""
+    return _parts(name) is not None
+
+
+def preset_names() -> list[str]:
+    """All names, over a thousand."""
+    return [
+        f"{architecture}-{backbone}-{data}{stages}"
+        for architecture, backbone, data in product(ARCHITECTURES, BACKBONES, NUM_LABELS)
+        for stages in ("", *(f"-{stages}" for stages in STAGES if architecture == "proscale"))
+    ]
+
+
+def _parts(name: str) -> tuple[str, str, str, str | None] | None:
+    """Architecture, backbone, data with task, and numbers of layers; None if this is no preset's name."""
+    choices = ("|".join(map(re.escape, names)) for names in (ARCHITECTURES, BACKBONES, NUM_LABELS, STAGES))
+    match = re.fullmatch("({})-({})-({})(?:-({}))?".format(*choices), str(name))
+    if match is None or (match[4] is not None and match[1] != "proscale"):
+        return None
+    return match.groups()

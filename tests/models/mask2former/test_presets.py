@@ -7,8 +7,16 @@ import torch
 
 from paths import ROOT
 from proscale_hf import ProScaleMask2FormerConfig, ProScaleMask2FormerForUniversalSegmentation
+from proscale_hf.backbones.presets import BACKBONES
 from proscale_hf.hub.names import MODEL_NAMES
-from proscale_hf.models.mask2former.presets import BACKBONES, PRESETS
+from proscale_hf.models.mask2former.presets import (
+    ARCHITECTURES,
+    NUM_LABELS,
+    STAGES,
+    is_preset,
+    preset_names,
+    preset_settings,
+)
 
 
 ZOO = json.loads((ROOT / "proscale_hf" / "hub" / "model_zoo.json").read_text())
@@ -17,8 +25,70 @@ PARITY_FIELDS = {"mask_padding", "token_recalibration_layout", "ignore_value"}
 
 
 def test_every_published_model_has_a_preset_that_names_all():
-    assert set(MODEL_NAMES) <= set(PRESETS)
-    assert "mask2former-swin-t-coco" in PRESETS and "proscale-swin-t-coco" in PRESETS
+    assert set(MODEL_NAMES) <= set(preset_names())
+    assert {"mask2former-swin-t-coco", "proscale-swin-t-coco"} <= set(preset_names())
+
+
+def test_there_is_every_name_once():
+    names = preset_names()
+    assert len(names) == len(set(names)) == (len(ARCHITECTURES) + len(STAGES)) * len(BACKBONES) * len(NUM_LABELS)
+    assert all(is_preset(name) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        (
+            "rt-mvitv2-t-ade20k-semantic",
+            {
+                "encoder": "rt",
+                "pixel_embedding": "none",
+                "token_recalibration": "none",
+                "common_stride": 8,
+                "feature_strides": [8, 16, 32],
+                "backbone_config": {"model_type": "timm_backbone", "backbone": "mvitv2_tiny", "out_indices": [1, 2, 3]},
+                "num_labels": 150,
+            },
+        ),
+        (
+            "lite-lpe-r101-cityscapes-instance",
+            {
+                "encoder": "lite",
+                "pixel_embedding": "maxpool",
+                "token_recalibration": "none",
+                "backbone_config": BACKBONES["r101"],
+                "freeze_backbone_batch_norm": False,
+                "num_labels": 8,
+            },
+        ),
+        (
+            "proscale-swin-l-22k-mapillary-vistas-131",
+            {
+                "encoder_stage_layers": [1, 3, 1],
+                "backbone_config": BACKBONES["swin-l-22k"],
+                "num_queries": 200,
+                "num_labels": 65,
+            },
+        ),
+        (
+            "proscale-swin-l-22k-coco-instance",
+            {"backbone_config": BACKBONES["swin-l-22k"], "num_queries": 200, "num_labels": 80},
+        ),
+        ("proscale-swin-b-22k-ade20k-semantic", {"backbone_config": BACKBONES["swin-b"], "num_labels": 150}),
+    ],
+)
+def test_names_with_parts_that_look_alike(name, settings):
+    assert preset_settings(name) == settings
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "proscale", "lite-lpe-coco", "rt-swin-t-coco-111", "proscale-swin-t-coco-", "proscale-swin-t-coco\n", None],
+)
+def test_other_names_are_no_presets(name):
+    assert not is_preset(name)
+    with pytest.raises(ValueError, match="no preset"):
+        preset_settings(name)
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
@@ -71,7 +141,12 @@ def test_a_configuration_does_not_share_with_the_table():
     default = ProScaleMask2FormerConfig()
     default.backbone_config.depths.append(1)
     assert BACKBONES["swin-t"]["depths"] == [2, 2, 6, 2]
-    assert PRESETS["proscale-swin-t-coco-111"]["encoder_stage_layers"] == [1, 1, 1]
+    assert preset_settings("proscale-swin-t-coco-111")["encoder_stage_layers"] == [1, 1, 1]
+    rt = ProScaleMask2FormerConfig.from_preset("rt-r50-coco")
+    rt.feature_strides.append(64)
+    rt.backbone_config.out_features.append("stage5")
+    assert preset_settings("rt-r50-coco")["feature_strides"] == [8, 16, 32]
+    assert BACKBONES["r50"]["out_features"] == ["stage1", "stage2", "stage3", "stage4"]
 
 
 @pytest.mark.parametrize("name", ["proscal-swin-t-coco", "Proscale-Swin-T-COCO", "proscale-swin-t-coco-112"])
