@@ -1,7 +1,7 @@
 """Segments drawn over a photograph: translucent masks, outlines, and a name and score at each segment.
 
-`segments_from_result` and `segments_from_label_map` turn what the image processor's post-processing returns into
-`Segment`s; `draw_segments` draws them. Nothing here needs more than Pillow, numpy and scipy.
+`segments_from_result` and `segments_from_label_map` make `Segment`s of the results of post-processing;
+`draw_segments` draws them. This file needs Pillow, numpy and scipy only.
 """
 
 import colorsys
@@ -103,7 +103,7 @@ def segments_from_label_map(
     """One segment per class from semantic post-processing, largest first.
 
     Args:
-        label_map: (H, W) class numbers; numbers that `id2label` lacks (void) are left out.
+        label_map: (H, W) class numbers; numbers that are not in `id2label` (void) are left out.
         id2label: the names of the classes.
         stuff_label_ids: classes that are not countable.
     """
@@ -125,11 +125,11 @@ def segment_color(index: int) -> Color:
 
 
 def instance_colors(class_color: Color, number: int) -> list[Color]:
-    """Colours for instances of one class: the class's own, then shades of it, each as far as can be from those before.
+    """Colours for instances of one class: its own, then shades of it, each as far as possible from the earlier ones.
 
     Args:
         class_color: red, green, blue in 0..255.
-        number: how many; more than about 40 are not all different.
+        number: how many colours; beyond about 40 some are equal.
     """
     hue, lightness, saturation = colorsys.rgb_to_hls(*(value / 255 for value in class_color))
     middle = min(max(lightness, 0.4), 0.65)  # black and white have shades on one side only
@@ -154,8 +154,8 @@ def segment_colors(segments: Sequence[Segment], class_colors: Mapping[int, Color
     """A colour for each segment.
 
     Args:
-        segments: what is to be drawn.
-        class_colors: colours by class number; a segment of another class gets one by its place in the list.
+        segments: what to draw.
+        class_colors: colours by class number; the colour of another class depends on the segment's place in the list.
 
     Returns:
         Colours in the order of the segments.
@@ -171,13 +171,13 @@ def segment_colors(segments: Sequence[Segment], class_colors: Mapping[int, Color
 def draw_segments(
     image: Image.Image, segments: Sequence[Segment], class_colors: Mapping[int, Color] = NO_COLORS
 ) -> Image.Image:
-    """Draws segments over the photograph they were found in.
+    """Draw segments over their photograph.
 
-    Small photographs are enlarged and very large ones reduced, and a strip is added beside a photograph too thin
-    to write on, so that the names can be read.
+    So that names can be read, small photographs are enlarged and very large ones reduced, and a photograph too thin to
+    write on gets a strip beside it.
 
     Args:
-        image: the photograph, of the size the segments' boxes refer to.
+        image: the photograph, of the size that the segments' boxes refer to.
         segments: what to draw.
         class_colors: colours by class number, see `segment_colors`.
 
@@ -224,7 +224,7 @@ def _crop_window(mask: np.ndarray, window: tuple[slice, slice] | None) -> tuple[
 
 
 def _clean_label(id2label: Mapping[int, str], label_id: int) -> str:
-    """A name on one line and without control characters: it comes from a file and goes to a terminal."""
+    """A name on one line without control characters, since it comes from a file and goes to a terminal."""
     name = " ".join(str(id2label.get(label_id, f"class {label_id}")).split())
     return "".join(character if character.isprintable() else "?" for character in name)
 
@@ -245,7 +245,7 @@ def _resized(segment: Segment, scale: float, size: tuple[int, int]) -> Segment:
 
 
 def _paint(pixels: np.ndarray, segment: Segment, color: Color, line_width: int) -> None:
-    """Tints the segment's pixels and draws its outline, in place."""
+    """Tint the segment's pixels and draw its outline, in place."""
     left, top, right, bottom = segment.box
     view = pixels[top:bottom, left:right]
     framed = np.pad(segment.mask, line_width)  # so that the outline closes where the segment meets its box
@@ -289,7 +289,7 @@ def _write_labels(canvas: Image.Image, segments: Sequence[Segment], colors: Sequ
 def _draw_leader(
     draw: ImageDraw.ImageDraw, start: tuple[float, float], end: tuple[float, float], color: Color, width: int
 ) -> None:
-    """A line that ends in a dot, with a rim, since its last part lies on a mask of its own colour."""
+    """Draw a line that ends in a dot. Both have a rim, since the end lies on a mask of the same colour."""
     for stroke, rim in ((_text_color(color), 1), (color, 0)):
         draw.line([start, end], fill=stroke, width=width + 2 * rim)
         draw.circle(end, 2 * width + rim, fill=stroke)
@@ -301,9 +301,9 @@ def _place_labels(
     colors: Sequence[Color],
     font: ImageFont.FreeTypeFont,
 ) -> list[_Label]:
-    """Finds a place for each label: on its own segment where there is room, else beside it; off the other labels.
+    """Find a place for each label: on its own segment where there is room, else beside it, and off the other labels.
 
-    The search is exhaustive over a grid of cells a fifth of the text's height wide.
+    The search tries all cells of a grid. A cell is a fifth of the text's height wide.
     """
     cell = max(1, int(font.size) // 5)
     grid_width, grid_height = (side // cell for side in canvas_size)

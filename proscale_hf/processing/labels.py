@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from proscale_hf.files.text import few
 from proscale_hf.processing.packed_masks import VOID
 from proscale_hf.processing.sizes import ImageSizes, Size
 
@@ -118,7 +119,7 @@ def labels_from_id_map(
             classes.setdefault(0, 0)
         unknown = [value for value in ids if value not in classes]
         if unknown:
-            raise ValueError(f"ids {_few(unknown)} of a segmentation map are not in its `instance_id_to_semantic_id`")
+            raise ValueError(f"ids {few(unknown)} of a segmentation map are not in its `instance_id_to_semantic_id`")
         classes = {value: classes[value] for value in ids}
     return _labels_of_ids(id_map, _checked_classes(classes, rules), void_ids, sizes)
 
@@ -152,7 +153,7 @@ def labels_from_coco_panoptic(
     }
     unknown = sorted({*np.unique(id_map).tolist()} - {*classes, *void_ids})
     if unknown:
-        raise ValueError(f"ids {_few(unknown)} of a panoptic map are not in its `segments_info`")
+        raise ValueError(f"ids {few(unknown)} of a panoptic map are not in its `segments_info`")
     return _labels_of_ids(id_map, _checked_classes(classes, rules), void_ids, sizes)
 
 
@@ -221,13 +222,8 @@ def _checked_classes(classes: Mapping[int, int], rules: LabelRules) -> dict[int,
     if wrong:
         allowed = "at least 0" if rules.num_labels is None else f"0 to {rules.num_labels - 1}"
         after = " after `do_reduce_labels`" if rules.do_reduce_labels else ""
-        raise ValueError(f"class labels {_few(wrong)} are out of range{after}: they must be {allowed}")
+        raise ValueError(f"class labels {few(wrong)} are out of range{after}: they must be {allowed}")
     return dict(classes)
-
-
-def _few(values: Sequence[int]) -> str:
-    shown = ", ".join(str(value) for value in values[:10])
-    return f"[{shown}, ...]" if len(values) > 10 else f"[{shown}]"
 
 
 @dataclass(frozen=True)

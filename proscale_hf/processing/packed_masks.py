@@ -1,9 +1,9 @@
-"""The targets of an image between file and loss: one bit per object and pixel, in planes of eight bits.
+"""Packed masks, an image's targets between file and loss: one bit per object and pixel, in planes of eight bits.
 
-200 objects at 1024 x 1024 are 27 MB so, and nearest-neighbour resizing, crops and flips treat planes as they treat any
-mask of (channels, height, width). Planes are uint8 (planes, height, width). Bit j of plane p, of value `1 << j`, says
-where index 8 p + j is: index 0 is void, of which nobody knows what it is, and index k is object k - 1, in the order of
-the class labels. Objects may overlap; where void is set, it does not matter what else is.
+Packed, 200 objects at 1024 x 1024 take 27 MB. Planes are uint8 (planes, height, width), so nearest-neighbour resizing,
+crops and flips work on them as on any image. Bit j of plane p, of value `1 << j`, says where index 8 p + j is: index 0
+is void, the pixels that nobody has labelled, and index k is object k - 1, in the order of the class labels. Objects may
+overlap. Where void is set, the other bits do not matter.
 """
 
 import torch
@@ -13,7 +13,7 @@ VOID = 255  # in masks that are not packed
 
 
 def number_of_planes(objects: int) -> int:
-    """Planes that hold void and so many objects."""
+    """How many planes hold void and this many objects."""
     return objects // 8 + 1
 
 
@@ -22,7 +22,7 @@ def pack_masks(masks: torch.Tensor, ignore_value: int = VOID) -> torch.Tensor:
 
     Args:
         masks: (objects, height, width) of any type; 1 = object, `ignore_value` = void, anything else = not the object.
-            What one of the masks calls void is void for all.
+            A pixel that is void in one of the masks is void for all.
         ignore_value: the value of void pixels.
 
     Returns:
@@ -40,14 +40,14 @@ def pack_segment_map(segment_map: torch.Tensor, segment_ids: list[int], void: to
 
     Args:
         segment_map: (height, width) integers, the segment each pixel belongs to.
-        segment_ids: which segments are the objects, and in which order. Pixels of other ids belong to no object.
+        segment_ids: the segments that are objects, in order. Pixels of other ids belong to no object.
         void: (height, width) bool.
 
     Returns:
         (planes, height, width) uint8.
 
     Raises:
-        ValueError: an id that stands in `segment_ids` twice.
+        ValueError: `segment_ids` holds an id more than once.
     """
     if len(set(segment_ids)) < len(segment_ids):
         twice = sorted({segment_id for segment_id in segment_ids if segment_ids.count(segment_id) > 1})
@@ -73,9 +73,9 @@ def unpack_masks(planes: torch.Tensor, objects: int) -> torch.Tensor:
 
 
 def present_objects(planes: torch.Tensor, objects: int) -> torch.Tensor:
-    """Which objects have a pixel, after a crop for example: (objects,) bool."""
+    """Which objects have at least one pixel, after a crop for example: (objects,) bool."""
     seen = planes.flatten(1)  # (planes, pixels)
-    while seen.shape[1] > 1:  # each half is combined with the other; those of an odd number share a pixel
+    while seen.shape[1] > 1:  # one half is combined with the other; of an odd number both have the middle
         half = (seen.shape[1] + 1) // 2
         seen = seen[:, :half] | seen[:, -half:]
     bits = torch.arange(8, dtype=torch.uint8, device=planes.device)
@@ -83,7 +83,7 @@ def present_objects(planes: torch.Tensor, objects: int) -> torch.Tensor:
 
 
 def select_objects(planes: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Planes of the objects that are `kept` alone, (objects,) bool; void stays."""
+    """Planes with only the objects that are `kept`, (objects,) bool, and with void."""
     indices = [0, *(kept.nonzero().flatten() + 1).tolist()]
     selected = planes.new_zeros((number_of_planes(len(indices) - 1), *planes.shape[1:]))
     for new, old in enumerate(indices):

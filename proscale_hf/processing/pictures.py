@@ -1,4 +1,4 @@
-"""Photographs in, pictures out: any common image as 8-bit RGB."""
+"""Image files: photographs are read as 8-bit RGB, and pictures are written."""
 
 import os
 import warnings
@@ -24,20 +24,20 @@ PICTURE_FORMATS = {
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:
-    """Reads an image file as an upright 8-bit RGB picture.
+    """Read an image file as an upright 8-bit RGB picture.
 
     The EXIF orientation is applied, transparency is laid over white, 16-bit values are brought to 8 bits,
-    and of an animation the first frame is taken.
+    and an animation gives its first frame.
 
     Args:
-        path: an image file in any format Pillow reads.
+        path: an image file in any format that Pillow reads.
 
     Returns:
         The picture, mode "RGB".
 
     Raises:
-        ValueError: there is no such file, or it is not an image, is damaged, or has too many pixels; the message
-            is one line that says what to do.
+        ValueError: the file is missing, damaged or no image, or has too many pixels; the message is one line that
+            says what to do.
     """
     path = Path(path)
     if path.is_dir():
@@ -48,7 +48,7 @@ def load_image(path: str | os.PathLike) -> Image.Image:
         if path.stat().st_size == 0:
             raise ValueError(f"{path} is empty (0 bytes); copy or download it again")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # e.g. odd metadata; what matters is whether the pixels can be read
+            warnings.simplefilter("ignore")  # about odd metadata, say; only unreadable pixels matter
             with Image.open(path) as image:
                 image.load()
                 pixels = read_pixels(image, 3, None, name=str(path))  # (channels, height, width)
@@ -61,21 +61,24 @@ def load_image(path: str | os.PathLike) -> Image.Image:
     except PermissionError:
         raise ValueError(f"{path} may not be read; check its permissions") from None
     except (OSError, SyntaxError, EOFError, IndexError, OverflowError, ArithmeticError) as error:
-        # What Pillow's decoders raise on damaged data depends on the format.
+        # Each of Pillow's decoders raises other types on damaged data.
         raise ValueError(f"{path} is damaged ({one_line(error)}); copy or download it again") from error
 
 
 def check_picture_name(path: str | os.PathLike) -> None:
-    """Raises a ValueError that lists the known endings when `path` does not end in one of `PICTURE_FORMATS`."""
+    """
+    Raises:
+        ValueError: the name does not end as one of `PICTURE_FORMATS`; the message lists them.
+    """
     if Path(path).suffix.lower() not in PICTURE_FORMATS:
         raise ValueError(f"cannot tell the picture format of {path}; end its name in {', '.join(PICTURE_FORMATS)}")
 
 
 def save_image(image: Image.Image, path: str | os.PathLike) -> None:
-    """Writes a picture in the format its name ends in, whole or not at all.
+    """Write a picture, whole or not at all, in the format that the name's ending says.
 
     Raises:
-        ValueError: the name's ending is unknown, or the picture cannot be written.
+        ValueError: the ending is unknown, or the picture cannot be written.
     """
     check_picture_name(path)
     file_format = PICTURE_FORMATS[Path(path).suffix.lower()]

@@ -1,4 +1,4 @@
-"""Reads any image as a (channels, height, width) array, for both image processors.
+"""Any image as a (channels, height, width) array, for both backends of image processors.
 
 An EXIF orientation is applied, transparency is laid over white, 16-bit values are brought to 8 bits, and grey
 becomes RGB.
@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from transformers.image_utils import ChannelDimension, load_image
 
+from proscale_hf.files.text import one_line
+
 
 try:
     from PIL import Image, ImageOps
-except ImportError:  # images then can be arrays and tensors only
+except ImportError:  # then images can be arrays and tensors only
     Image = None
 
 
@@ -25,13 +27,13 @@ def read_pixels(image: Any, channels: int | None, input_data_format: Any, name: 
     Args:
         image: PIL image, path, URL, or (height, width [, channels]) or (channels, height, width) array or
             tensor.
-        channels: how many channels there should be (grey is repeated, transparency is laid over white);
-            `None`: as is.
-        input_data_format: where arrays have their channels; `None`: found out from their shape.
-        name: for error messages.
+        channels: how many channels the result has; grey is repeated, transparency is laid over white. `None`: as
+            many as the image has.
+        input_data_format: where arrays have their channels; `None`: their shape tells.
+        name: what error messages call the image.
 
     Raises:
-        `ValueError`: it cannot be read, is empty, or has other channels; one line.
+        `ValueError`: the image cannot be read, is empty, or has another number of channels; one line.
     """
     if isinstance(image, str | os.PathLike) or (Image is not None and isinstance(image, Image.Image)):
         array = _pil_pixels(image, channels, name)
@@ -47,12 +49,12 @@ def read_pixels(image: Any, channels: int | None, input_data_format: Any, name: 
 def _pil_pixels(image: Any, channels: int | None, name: str) -> np.ndarray:
     try:
         if not isinstance(image, Image.Image):
-            # transformers' own loading of a file clips 16-bit values
+            # transformers' `load_image` clips the 16-bit values of a file
             image = Image.open(image) if os.path.isfile(image) else load_image(os.fspath(image))
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
             image = Image.fromarray(_to_8_bit(np.asarray(image, dtype=np.uint16)))
-        elif image.mode in ("I", "F"):  # no fixed range: spread what is there over black to white
+        elif image.mode in ("I", "F"):  # no fixed range: the image's own becomes black to white
             values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
             values = (values - values.min()) / (np.ptp(values) or 1.0)
             image = Image.fromarray((values * 255).round().astype(np.uint8))
@@ -63,8 +65,7 @@ def _pil_pixels(image: Any, channels: int | None, name: str) -> np.ndarray:
             image = image.convert("RGB")
         pixels = np.array(image)
     except Exception as error:  # what Pillow raises on damaged data depends on the format
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{name} cannot be read: {reason[:200]}") from error
+        raise ValueError(f"{name} cannot be read: {one_line(error)[:200]}") from error
     return np.moveaxis(np.atleast_3d(pixels), -1, 0)
 
 
@@ -102,7 +103,7 @@ def _channel_format(image: np.ndarray, channels: int, is_tensor: bool, name: str
     for count in (channels, 1, 4):
         first, last = image.shape[0] == count, image.shape[-1] == count
         if first or last:
-            # where both could be, each library's own convention decides
+            # where both are possible, the library's own convention decides
             return ChannelDimension.FIRST if first and (is_tensor or not last) else ChannelDimension.LAST
     raise ValueError(f"{name} has shape {image.shape}, in which neither the first nor the last axis can be channels")
 

@@ -1,13 +1,12 @@
 """Post-processing: from query logits to panoptic, semantic and instance results. Pure tensor functions.
 
-The rules are those of Mask2Former's own inference code: mask logits are upsampled to the padded input, the
-padding is cropped, the rest is resized to the target, and only there are pixels scored and merged.
-docs/differences.md says where transformers' `Mask2FormerImageProcessor` departs from that.
+The rules are those of Mask2Former's own inference code: mask logits are upsampled to the size of the padded batch, the
+padding is cropped, the rest is resized to the target, and then pixels are scored and merged. docs/differences.md says
+where transformers' `Mask2FormerImageProcessor` departs from these rules.
 
-Memory is bounded whatever the target size: no tensor of (queries, target height, target width) floats is ever
-made. Two bilinear resizes in a row are linear and separable, so the rows of the target are one matrix away
-from the rows of the logits, and the target can be worked on in strips of rows, each exactly what the whole
-would have been.
+Memory is bounded whatever the target size: there is never a tensor of (queries, target height, target width) floats.
+Two bilinear resizes in a row are linear and separable, so one matrix gives the rows of the target from the rows of the
+logits. The target is therefore worked out in strips of rows, each exactly what the whole would have been.
 """
 
 import functools
@@ -18,16 +17,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from proscale_hf.processing.sizes import Size, as_sizes
 
-Size = tuple[int, int]
+
 Sizes = Sequence[Size] | Tensor
 
 STRIP_VALUES = 2**22  # float32 values in one strip of (queries or classes, rows, width): 16 MB
-LOGIT_LIMIT = 1e30  # half precision can overflow to infinity, and 0 * infinity would make a resize give NaN
+LOGIT_LIMIT = 1e30  # half precision can overflow to infinity, and a resize makes NaN of 0 * infinity
 
 
 def _float32_inference(function: Callable) -> Callable:
-    """Compute without gradients, and in float32 also under autocast: masks lose their edges in bfloat16."""
+    """Compute without gradients, and in float32 even under autocast, since masks lose their edges in bfloat16."""
 
     @functools.wraps(function)
     def wrapped(class_queries_logits: Tensor, masks_queries_logits: Tensor, **options):
@@ -54,9 +54,9 @@ def panoptic_segmentation(
     Give each pixel to at most one segment (Mask2Former's panoptic inference).
 
     Args:
-        class_queries_logits (`Tensor` of shape `(batch, queries, labels + 1)`): last is "no object".
+        class_queries_logits (`Tensor` of shape `(batch, queries, labels + 1)`): the last label is "no object".
         masks_queries_logits (`Tensor` of shape `(batch, queries, h, w)`): at any stride of the padded batch.
-        padded_size: (height, width) of the padded batch the model saw.
+        padded_size: (height, width) of the padded batch that the model saw.
         image_sizes (`(batch, 2)`): true (height, width) of each image inside the padded batch.
         target_sizes (`(batch, 2)`): (height, width) of the wanted maps.
         label_ids_to_fuse: stuff labels; all segments of such a label in an image become one.
@@ -66,7 +66,7 @@ def panoptic_segmentation(
 
     Returns:
         `list[dict]`: for each image `"segmentation"`, an int32 (height, width) map of segment ids with 0
-        where there is none, and `"segments_info"`, for each segment `{"id", "label_id", "was_fused",
+        for no segment, and `"segments_info"`, for each segment `{"id", "label_id", "was_fused",
         "score"}` in query order. Ids count up from 1; a fused segment has the score of its first query.
 
     Raises:
@@ -101,11 +101,11 @@ def semantic_segmentation(
     Give each pixel the label with the highest sum over queries of class probability times mask probability.
 
     Args: as for [`panoptic_segmentation`], and
-        return_scores: also return those sums. They take labels x height x width floats.
+        return_scores: also return the sums. They take labels x height x width floats.
 
     Returns:
-        for each image the int64 (height, width) label map; with `return_scores` the pair of it and the
-        float32 (labels, height, width) scores.
+        for each image the int64 (height, width) label map; with `return_scores` a pair of the map and the
+        float32 (labels, height, width) sums.
 
     Raises:
         `ValueError`: for NaN logits, and for sizes that are impossible or not one per image.
@@ -144,7 +144,7 @@ def instance_segmentation(
     Best (query, label) pairs with their masks, which may overlap (Mask2Former's instance inference).
 
     Args: as for [`panoptic_segmentation`], and
-        thing_label_ids: labels that have instances; other pairs are dropped, after the best were taken.
+        thing_label_ids: labels that have instances; pairs of other labels are dropped after the best were taken.
         top_k: how many pairs are taken, by class probability.
         score_threshold: pairs with a lower final score are dropped.
         mask_threshold: mask probability above which a pixel belongs to an instance.
@@ -166,7 +166,7 @@ def instance_segmentation(
 
 @dataclass(frozen=True)
 class _QueryMasks:
-    """The low-resolution mask logits of one image, and how they come to the target's size."""
+    """The low-resolution mask logits of one image, and the way to the target's size."""
 
     logits: Tensor  # (queries, h, w), float32
     padded_size: Size
@@ -182,7 +182,7 @@ class _QueryMasks:
         logits there.
 
         Args:
-            extra_channels: values per pixel that the caller makes beside the logits, so that strips get
+            extra_channels: values per pixel that the caller makes beside the logits; they make strips
                 thinner.
         """
         queries, height, _ = self.logits.shape
@@ -224,9 +224,9 @@ def _images(
 ) -> Iterator[tuple[Tensor, _QueryMasks]]:
     """Check the arguments, and yield the (queries, labels + 1) class logits and the masks of each image."""
     batch = len(masks_queries_logits)
-    padded_size = _as_sizes([padded_size], 1, "padded_size")[0]
-    image_sizes = _as_sizes(image_sizes, batch, "image_sizes")
-    target_sizes = _as_sizes(target_sizes, batch, "target_sizes")
+    padded_size = _checked_sizes([padded_size], 1, "padded_size")[0]
+    image_sizes = _checked_sizes(image_sizes, batch, "image_sizes")
+    target_sizes = _checked_sizes(target_sizes, batch, "target_sizes")
     for image_size in image_sizes:
         if image_size[0] > padded_size[0] or image_size[1] > padded_size[1]:
             raise ValueError(f"image size {image_size} does not fit into the padded size {padded_size}")
@@ -242,9 +242,9 @@ def _images(
         yield class_logits, _QueryMasks(mask_logits, padded_size, image_size, target_size)
 
 
-def _as_sizes(sizes: Sizes, count: int, name: str) -> list[Size]:
-    """Check (height, width) pairs, given as tuples or as a tensor."""
-    sizes = [(int(height), int(width)) for height, width in sizes]
+def _checked_sizes(sizes: Sizes, count: int, name: str) -> list[Size]:
+    """Check that there is one possible size for each image."""
+    sizes = as_sizes(sizes)
     if len(sizes) != count:
         raise ValueError(f"{name} has {len(sizes)} entries for a batch of {count}: give one (height, width) per image")
     if any(min(size) < 1 for size in sizes):
@@ -283,7 +283,7 @@ def _panoptic_map(
     segments_info: list[dict] = []
     per_query = (scores, labels, segment_area, won_area, mask_area)
     for score, label_id, area, won, mask in zip(*(values.tolist() for values in per_query), strict=True):
-        # pixels won outside the query's own mask count in the overlap test, as in the original
+        # pixels that are won outside the query's own mask count in the overlap test, as in the original
         if area == 0 or won / mask < overlap_threshold:
             segment_ids.append(0)
         elif label_id in fused_ids:
@@ -310,7 +310,7 @@ def _instances(
     probabilities = class_logits.softmax(-1)[:, :-1]  # (queries, labels)
     scores, pairs = probabilities.flatten().topk(min(top_k, probabilities.numel()))
     queries, labels = pairs // probabilities.shape[1], pairs % probabilities.shape[1]
-    # the final score is never above the class score, so what is below the threshold now stays below it
+    # the final score is never above the class score: pairs below the threshold now are below it in the end
     kept = torch.isin(labels, labels.new_tensor(thing_label_ids)) & (scores >= score_threshold)
     scores, labels = scores[kept], labels[kept]
     queries, query_of_instance = queries[kept].unique(return_inverse=True)
@@ -332,7 +332,7 @@ def _instances(
     scores = scores * mask_scores[query_of_instance]
     best_first = scores.argsort(descending=True, stable=True)
     best_first = best_first[scores[best_first] >= score_threshold]
-    for rows in strips:  # in place, because the masks of a large target leave no room for a second copy
+    for rows in strips:  # in place: the masks of a large target leave no room for a second copy
         instance_masks[: len(best_first), rows] = instance_masks[best_first, rows]
     if len(best_first) < len(scores):
         instance_masks = instance_masks[: len(best_first)].clone()

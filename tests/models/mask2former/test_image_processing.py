@@ -20,7 +20,6 @@ from proscale_hf.models.mask2former.image_processing_proscale_mask2former import
     ProScaleMask2FormerImageProcessorPil,
 )
 from proscale_hf.processing.postprocessing import instance_segmentation, panoptic_segmentation, semantic_segmentation
-from proscale_hf.processing.sizes import resized_size
 
 
 BACKENDS = [ProScaleMask2FormerImageProcessorPil]
@@ -92,28 +91,6 @@ def test_backends_agree(settings):
     for name in ("mask_labels", "class_labels"):
         for one, other in zip(first[name], second[name], strict=True):
             assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize(
-    ("image_size", "size", "expected"),
-    [
-        ((480, 640), {"shortest_edge": 800, "longest_edge": 1333}, (800, 1067)),
-        ((427, 640), {"shortest_edge": 800, "longest_edge": 1333}, (800, 1199)),
-        ((640, 425), {"shortest_edge": 800, "longest_edge": 1333}, (1205, 800)),
-        ((300, 640), {"shortest_edge": 800, "longest_edge": 1333}, (625, 1333)),
-        ((2160, 3840), {"shortest_edge": 800, "longest_edge": 1333}, (750, 1333)),
-        ((1, 1), {"shortest_edge": 800, "longest_edge": 1333}, (800, 800)),
-        ((10, 8000), {"shortest_edge": 800, "longest_edge": 1333}, (2, 1333)),
-        ((8000, 1), {"shortest_edge": 800, "longest_edge": 1333}, (1333, 1)),
-        ((480, 640), {"shortest_edge": 800}, (800, 1067)),
-        ((480, 640), {"longest_edge": 320}, (240, 320)),
-        ((480, 640), {"max_height": 100, "max_width": 100}, (75, 100)),
-        ((480, 640), {"height": 30, "width": 20}, (30, 20)),
-    ],
-)
-def test_resize_rule(image_size, size, expected):
-    processor = ProScaleMask2FormerImageProcessorPil(size=size)
-    assert resized_size(image_size, processor.size) == expected
 
 
 def test_unknown_size_is_an_error(backend):
