@@ -16,7 +16,8 @@ from transformers import AutoModelForUniversalSegmentation
 import proscale_hf
 from demo_scenes import SPLITS, STUFF_LABEL_IDS, THING_LABEL_IDS, DemoScenes
 from proscale_hf import ProScaleMask2FormerImageProcessorPil
-from proscale_hf.evaluation.panoptic_quality import VOID, PanopticQuality
+from proscale_hf.evaluation.panoptic_quality import PanopticQuality
+from proscale_hf.processing.segment_ids import VOID_ID
 
 
 SHIPPED_MODEL = Path(proscale_hf.__file__).parent / "demo_model"
@@ -41,7 +42,7 @@ def measure_panoptic_quality(model, image_processor, scenes: DemoScenes) -> dict
             segment_ids = result["segmentation"].cpu().numpy()
             # Pixels of no segment are void, whatever value they carry.
             claimed = np.isin(segment_ids, [segment["id"] for segment in segments])
-            measure.update(np.where(claimed, segment_ids, VOID), segments, scene.segment_ids, scene.segments_info)
+            measure.update(np.where(claimed, segment_ids, VOID_ID), segments, scene.segment_ids, scene.segments_info)
     return measure.compute()
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from proscale_hf import ProScaleMask2FormerImageProcessorPil
 from proscale_hf.data.opening import open_dataset
-from proscale_hf.evaluation.coco_files import encode_ids
+from proscale_hf.processing.segment_ids import encode_ids
 
 
 CATEGORIES = [

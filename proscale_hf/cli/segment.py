@@ -135,6 +135,8 @@ def describe_segments(
         [left, top, width, height] in pixels, "segmentation" COCO's run-length encoding: compressed where pycocotools is
         installed, else a list of counts.
     """
+    from proscale_hf.processing.run_length import encode_mask
+
     descriptions = []
     for number, segment in enumerate(segments, start=1):
         left, top, right, bottom = segment.box
@@ -148,7 +150,7 @@ def describe_segments(
                 "score": segment.score,
                 "area": segment.area,
                 "bbox": [left, top, right - left, bottom - top],
-                "segmentation": run_length_encoding(segment.full_mask(height, width)),
+                "segmentation": encode_mask(segment.full_mask(height, width)),
             }
         )
     return descriptions
@@ -158,21 +160,6 @@ def to_json(header: dict[str, Any], descriptions: list[dict[str, Any]]) -> str:
     """The JSON file's text: the header, then one line for each segment under "segments"."""
     lines = ",\n".join(json.dumps(description) for description in descriptions)
     return f'{json.dumps(header)[:-1]}, "segments": [\n{lines}\n]}}\n'
-
-
-def run_length_encoding(mask: Any) -> dict[str, Any]:
-    """COCO's encoding of a bool (height, width) mask: lengths of alternating runs, down the columns, zeros first."""
-    import numpy as np
-
-    columns_first = np.asfortranarray(mask, dtype=np.uint8)
-    try:
-        from pycocotools.mask import encode
-    except ImportError:
-        values = columns_first.ravel(order="F")
-        changes = np.flatnonzero(np.diff(values, prepend=0))
-        return {"size": list(mask.shape), "counts": np.diff(changes, prepend=0, append=values.size).tolist()}
-    encoding = encode(columns_first)
-    return {"size": list(mask.shape), "counts": encoding["counts"].decode("ascii")}
 
 
 def print_table(segments: list[Any], pixels: int) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from proscale_hf.data.sample import VOID, SampleError, distinct_values
+from proscale_hf.data.sample import SampleError, distinct_values
 from proscale_hf.files.text import few, one_line
 from proscale_hf.processing.pictures import load_image
 from proscale_hf.processing.pixels import read_pixels
+from proscale_hf.processing.segment_ids import VOID_ID
 
 
 VALUE_MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # Pillow's single-channel pictures of whole numbers
@@ -171,7 +172,7 @@ def segments_from_values(
     if unknown:
         raise SampleError(f"{file_name}: values {few(unknown)} stand for no category.")
     kept = [value for value, label in labels.items() if label is not None]
-    ids = np.full(len(present), VOID, dtype=np.int32)
+    ids = np.full(len(present), VOID_ID, dtype=np.int32)
     ids[np.isin(present, kept)] = np.arange(1, len(kept) + 1)
     segments = [{"id": number, "label_id": labels[value], "iscrowd": 0} for number, value in enumerate(kept, start=1)]
     return ids[np.searchsorted(present, values)], segments

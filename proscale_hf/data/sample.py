@@ -13,9 +13,7 @@ from PIL import Image
 
 from proscale_hf.files.text import few
 from proscale_hf.processing.packed_masks import number_of_planes, pack_segment_map
-
-
-VOID = 0  # in segment maps: pixels that nobody labelled
+from proscale_hf.processing.segment_ids import VOID_ID
 
 
 class SampleError(ValueError):
@@ -34,7 +32,7 @@ class Sample:
             set's list) and `"iscrowd"` (1: many objects, not told apart); instance data adds `"area"` (pixels, as
             annotated). In the order of `masks`, if there are masks.
         segment_map: `(height, width)` int32 map of segment ids; 0 is void, where nobody knows what there is.
-        masks: COCO run-length codes (`{"size": [height, width], "counts": bytes}`), one per segment, which may overlap.
+        masks: compressed COCO run-length codes, see `processing/run_length.py`, one per segment. They may overlap.
             Pixels of no mask are background.
 
     Raises:
@@ -53,7 +51,7 @@ class Sample:
         if (self.segment_map is None) == (self.masks is None):
             raise SampleError(f"{self.file_name}: a sample has either a segment map or masks.")
         ids = [segment["id"] for segment in self.segments]
-        if len(set(ids)) < len(ids) or min(ids, default=1) <= VOID:
+        if len(set(ids)) < len(ids) or min(ids, default=1) <= VOID_ID:
             raise SampleError(f"{self.file_name}: ids of segments must be positive and unique, got {few(ids)}.")
         if self.segment_map is not None:
             self._check_size(self.segment_map.shape)
@@ -73,7 +71,7 @@ class Sample:
         raise SampleError(f"{message}.")
 
     def _check_ids(self, listed: set[int]) -> None:
-        in_map = set(distinct_values(self.segment_map).tolist()) - {VOID}
+        in_map = set(distinct_values(self.segment_map).tolist()) - {VOID_ID}
         if in_map != listed:
             raise SampleError(
                 f"{self.file_name}: the map and the list of segments differ: ids {few(in_map - listed)} are in the map "
@@ -97,7 +95,7 @@ class Sample:
 
     def _pack_segment_map(self) -> tuple[torch.Tensor, torch.Tensor]:
         objects = [segment for segment in self.segments if not segment["iscrowd"]]
-        void = np.isin(self.segment_map, [VOID, *(segment["id"] for segment in self.segments if segment["iscrowd"])])
+        void = np.isin(self.segment_map, [VOID_ID, *(segment["id"] for segment in self.segments if segment["iscrowd"])])
         ids = [segment["id"] for segment in objects]
         return pack_segment_map(torch.from_numpy(self.segment_map), ids, torch.from_numpy(void)), _labels_of(objects)
 
@@ -123,7 +121,7 @@ class Sample:
         """
         if self.segment_map is None:
             raise ValueError(f"{self.file_name} has masks that may overlap, so there is no single label per pixel.")
-        ids = np.array([VOID, *(segment["id"] for segment in self.segments)])
+        ids = np.array([VOID_ID, *(segment["id"] for segment in self.segments)])
         labels = np.array([void, *(segment["label_id"] for segment in self.segments)], dtype=np.int32)
         order = np.argsort(ids)
         return labels[order][np.searchsorted(ids[order], self.segment_map)]

@@ -1,4 +1,4 @@
-"""Predictions as COCO files, written while they are made; and the truth of instances from a COCO instance JSON.
+"""Predictions as COCO files, written while they are made.
 
     FOLDER/panoptic/*.png, FOLDER/panoptic.json     COCO-panoptic format
     FOLDER/instances.json                           COCO results format
@@ -21,25 +21,10 @@ from scipy import ndimage
 
 from proscale_hf.data.sample import Sample
 from proscale_hf.files.whole import writing
+from proscale_hf.processing.segment_ids import encode_ids
 
-
-try:
-    from pycocotools import mask as coco_mask
-except ImportError as error:
-    raise ImportError('Evaluation needs pycocotools: pip install "proscale-hf[evaluate]"') from error
 
 PART = ".jsonl"
-
-
-def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """COCO's run-length code of a `(height, width)` bool mask, with its counts as text."""
-    code = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": list(mask.shape), "counts": code["counts"].decode("ascii")}
-
-
-def encode_ids(segment_map: np.ndarray) -> np.ndarray:
-    """The colours of segment ids in COCO-panoptic: `(height, width)` to `(height, width, 3)` uint8, red lowest."""
-    return segment_map.astype("<u4")[..., None].view(np.uint8)[..., :3]
 
 
 class PredictionFiles(contextlib.AbstractContextManager):

@@ -7,8 +7,14 @@ from typing import Any
 from proscale_hf.data.dataset import SegmentationDataset
 from proscale_hf.data.sample import Sample, SampleError
 from proscale_hf.data.sources.coco import CocoInstance
-from proscale_hf.evaluation.coco_files import coco_mask, encode_mask
 from proscale_hf.files.text import few
+from proscale_hf.processing.run_length import encode_mask
+
+
+try:
+    from pycocotools import mask as coco_mask
+except ImportError as error:
+    raise ImportError('Evaluation needs pycocotools: pip install "proscale-hf[evaluate]"') from error
 
 
 class ThingSegments:

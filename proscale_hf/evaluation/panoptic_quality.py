@@ -35,8 +35,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from proscale_hf.processing.segment_ids import VOID_ID
 
-VOID = 0
+
 COUNTS = ("iou_sum", "true_positives", "false_positives", "false_negatives")
 IMAGES_AT_A_TIME = 16
 
@@ -53,7 +54,7 @@ class PanopticQuality:
         ValueError: a category is both thing and stuff.
     """
 
-    def __init__(self, thing_category_ids: Iterable[int], stuff_category_ids: Iterable[int], void_id: int = VOID):
+    def __init__(self, thing_category_ids: Iterable[int], stuff_category_ids: Iterable[int], void_id: int = VOID_ID):
         self.thing_category_ids = sorted(set(thing_category_ids))
         self.stuff_category_ids = sorted(set(stuff_category_ids))
         self.void_id = void_id

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from proscale_hf.data.sample import VOID, Sample
-from proscale_hf.evaluation.coco_files import encode_mask
+from proscale_hf.data.sample import Sample
 from proscale_hf.evaluation.evaluator import Evaluator
 from proscale_hf.processing.packed_masks import unpack_masks
+from proscale_hf.processing.run_length import encode_mask
+from proscale_hf.processing.segment_ids import VOID_ID
 from proscale_hf.training.measures import headline
 
 
@@ -107,7 +108,7 @@ class SegmentationMetrics:
             return Sample(image, name, name, segments, masks=[encode_mask(mask) for mask in inside])
         if (inside.sum(0) > 1).any():
             raise ValueError('The objects of an image overlap, so only tasks=("instance",) can be measured.')
-        segment_map = np.full((height, width), VOID, dtype=np.int32)
+        segment_map = np.full((height, width), VOID_ID, dtype=np.int32)
         for segment, mask in zip(segments, inside, strict=True):
             segment_map[mask] = segment["id"]
         return Sample(image, name, name, [segment for segment in segments if segment["area"]], segment_map)

@@ -17,7 +17,6 @@ from helpers import TINY_RESNET, tiny_model
 from proscale_hf import ProScaleMask2FormerImageProcessorPil
 from proscale_hf.cli import console, loading, main
 from proscale_hf.cli.console import progress
-from proscale_hf.cli.segment import run_length_encoding
 from proscale_hf.files.whole import write_whole
 from proscale_hf.processing.pictures import load_image, save_image
 
@@ -354,22 +353,6 @@ class TestWriting:
         (tmp_path / "link.png").symlink_to(tmp_path / "real.png")
         save_image(Image.new("RGB", (2, 2)), tmp_path / "link.png")
         assert (tmp_path / "link.png").is_symlink() and (tmp_path / "real.png").is_file()
-
-
-def random_masks() -> list[np.ndarray]:
-    random = np.random.default_rng(0)
-    return [random.random((7, 9)) < share for share in (0.0, 0.3, 0.7, 1.0)]
-
-
-@pytest.mark.parametrize("mask", random_masks())
-def test_encoding_with_and_without_pycocotools(mask, monkeypatch):
-    coco_mask = pytest.importorskip("pycocotools.mask")
-    compressed = run_length_encoding(mask)
-    assert np.array_equal(coco_mask.decode(compressed), mask)
-    monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
-    counts = run_length_encoding(mask)
-    assert sum(counts["counts"]) == mask.size
-    assert np.array_equal(coco_mask.decode(coco_mask.frPyObjects(counts, *mask.shape)), mask)
 
 
 def test_progress_on_a_terminal_is_wiped(monkeypatch):

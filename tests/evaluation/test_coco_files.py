@@ -14,10 +14,11 @@ from pycocotools.cocoeval import COCOeval
 from evaluation_data import CATEGORIES, NearlyRight, instance_json, open_set, write_set
 from proscale_hf.data.reading import read_color_map
 from proscale_hf.data.sample import Sample
-from proscale_hf.evaluation.coco_files import PredictionFiles, encode_ids, encode_mask, merge_parts
+from proscale_hf.evaluation.coco_files import PredictionFiles, merge_parts
 from proscale_hf.evaluation.evaluator import evaluate
 from proscale_hf.evaluation.instance_truth import InstanceAnnotations
 from proscale_hf.evaluation.panoptic_quality import panoptic_quality_of_files
+from proscale_hf.processing.run_length import encode_mask
 
 
 @pytest.fixture
@@ -115,9 +116,6 @@ class TestPanoptic:
         merge_parts(output, CATEGORIES)
         assert json.loads((output / "panoptic.json").read_text())["annotations"][0]["segments_info"] == []
         assert json.loads((output / "instances.json").read_text()) == []
-
-    def test_ids_are_colours(self):
-        assert encode_ids(np.array([[1 + 2 * 256 + 3 * 65536]], dtype=np.int32)).tolist() == [[[1, 2, 3]]]
 
 
 class TestNames:

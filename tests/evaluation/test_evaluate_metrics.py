@@ -9,7 +9,7 @@ from PIL import Image
 
 from paths import FIXTURES, ROOT
 from proscale_hf.evaluation.mean_iou import MeanIoU
-from proscale_hf.evaluation.metrics.stored_maps import as_array, encode_ids, encode_labels
+from proscale_hf.evaluation.metrics.stored_maps import as_array, ids_as_png, labels_as_png
 
 
 evaluate = pytest.importorskip("evaluate")
@@ -95,15 +95,15 @@ def test_mask_average_precision(load):
 
 
 @pytest.mark.parametrize(
-    ("encode", "values", "message"),
+    ("as_png", "values", "message"),
     [
-        (encode_ids, [[-1]], "from 0 to 16777215, but has -1 to 0"),
-        (encode_ids, [[256**3]], "16777216"),
-        (encode_labels, [[256**2]], "from 0 to 65535"),
+        (ids_as_png, [[-1]], "from 0 to 16777215, but has -1 to 0"),
+        (ids_as_png, [[256**3]], "16777216"),
+        (labels_as_png, [[256**2]], "from 0 to 65535"),
         (as_array, [[0.5]], "whole numbers"),
         (as_array, [1, 2], r"got \(2,\)"),
     ],
 )
-def test_maps_that_cannot_be_stored_are_refused(encode, values, message):
+def test_maps_that_cannot_be_stored_are_refused(as_png, values, message):
     with pytest.raises(ValueError, match=message):
-        encode(values)
+        as_png(values)

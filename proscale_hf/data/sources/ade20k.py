@@ -19,9 +19,10 @@ import numpy as np
 from proscale_hf.data.categories import load_categories
 from proscale_hf.data.dataset import SegmentationSource
 from proscale_hf.data.reading import label_finder, read_color_map, read_image, read_value_map, segments_from_values
-from proscale_hf.data.sample import VOID, Sample, SampleError, distinct_values
+from proscale_hf.data.sample import Sample, SampleError, distinct_values
 from proscale_hf.data.sources.partners import common_names, files_by_name, split_folder
 from proscale_hf.files.text import few
+from proscale_hf.processing.segment_ids import VOID_ID
 
 
 CATEGORY_SETS = {"panoptic": "ade20k_panoptic", "semantic": "ade20k_semantic"}
@@ -92,13 +93,13 @@ class Ade20k(SegmentationSource):
         labels = self._object_labels(codes, instance_file)
         numbers, last_class = codes // NUMBERS, len(self.categories)
         is_stuff = np.array([False] + [not category["isthing"] for category in self.categories])
-        stuff = np.where(is_stuff[classes], classes, VOID)
+        stuff = np.where(is_stuff[classes], classes, VOID_ID)
         segment_map = np.where(numbers > 0, last_class + numbers, stuff)
         label_of = {last_class + number: label for number, label in labels.items()}
         segments = [
             {"id": segment_id, "label_id": label_of.get(segment_id, segment_id - 1), "iscrowd": 0}
             for segment_id in distinct_values(segment_map).tolist()
-            if segment_id != VOID
+            if segment_id != VOID_ID
         ]
         return segment_map.astype(np.int32), segments
 

@@ -15,9 +15,10 @@ import numpy as np
 from proscale_hf.data.categories import load_categories
 from proscale_hf.data.dataset import SegmentationSource
 from proscale_hf.data.reading import read_image, read_value_map
-from proscale_hf.data.sample import VOID, Sample, SampleError, distinct_values
+from proscale_hf.data.sample import Sample, SampleError, distinct_values
 from proscale_hf.data.sources.partners import common_names, files_by_name, split_folder
 from proscale_hf.files.text import few
+from proscale_hf.processing.segment_ids import VOID_ID
 
 
 IMAGE_ENDING = "_leftImg8bit.png"
@@ -74,7 +75,7 @@ class Cityscapes(SegmentationSource):
             if class_id in label_of
         ]
         counted = np.isin(present, [segment["id"] for segment in segments])
-        segment_map = np.where(counted, present, VOID)[np.searchsorted(present, values)]
+        segment_map = np.where(counted, present, VOID_ID)[np.searchsorted(present, values)]
         return Sample(read_image(row["image"]), row["image_id"], row["image"], segments, segment_map)
 
     def _is_crowd(self, value: int, label: int) -> int:

@@ -178,9 +178,8 @@ class CocoInstance(SegmentationSource):
 
     def read_masks(self, row: dict[str, Any], image_size: tuple[int, int]) -> tuple[list[dict], list[dict]]:
         """`segments` and `masks` of a `Sample`, without its image. The size counts where the JSON says none."""
-        from proscale_hf.data.sources.run_length import (
-            run_length_code,  # needs pycocotools, which panoptic data does without
-        )
+        # Only this needs pycocotools; panoptic data does without.
+        from proscale_hf.data.sources.shapes import run_length_code
 
         size = (row["height"] or image_size[0], row["width"] or image_size[1])
         segments, masks = [], []

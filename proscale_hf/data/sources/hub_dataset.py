@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-import numpy as np
 from PIL import Image
 
 from proscale_hf.data.dataset import SegmentationSource, choose_categories
@@ -20,6 +19,7 @@ from proscale_hf.data.reading import (
 )
 from proscale_hf.data.sample import Sample, SampleError, distinct_values
 from proscale_hf.files.text import few, one_line
+from proscale_hf.processing.run_length import encode_mask
 
 
 FORMS = ("semantic", "instance", "panoptic")
@@ -124,7 +124,7 @@ class HubDataset(SegmentationSource):
         codes = color_ids_of(picture, name) & 0xFFFF  # (height, width): category + 256 * number
         objects = [code for code in distinct_values(codes).tolist() if code >= 256]
         labels = self._labels([code % 256 for code in objects], name)
-        masks = [coco_mask.encode(np.asfortranarray(codes == code)) for code in objects]
+        masks = [encode_mask(codes == code) for code in objects]
         segments = [
             {"id": number, "label_id": label, "iscrowd": 0, "area": int(coco_mask.area(mask))}
             for number, (label, mask) in enumerate(zip(labels, masks, strict=True), start=1)

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from proscale_hf.processing.segment_ids import encode_ids
+
 
 def as_array(segment_map: Any) -> np.ndarray:
     """A `(height, width)` map of whole numbers, from whatever holds one: array, tensor on any device, lists.
@@ -20,7 +22,7 @@ def as_array(segment_map: Any) -> np.ndarray:
     return array
 
 
-def encode_ids(segment_map: Any) -> bytes:
+def ids_as_png(segment_map: Any) -> bytes:
     """A map of segment ids as PNG in COCO-panoptic's colours.
 
     Raises:
@@ -28,10 +30,10 @@ def encode_ids(segment_map: Any) -> bytes:
     """
     ids = as_array(segment_map)
     check_values(ids, 256**3)
-    return encode_png(ids.astype("<u4")[..., None].view(np.uint8)[..., :3])  # (height, width, 3)
+    return encode_png(encode_ids(ids))
 
 
-def encode_labels(label_map: Any) -> bytes:
+def labels_as_png(label_map: Any) -> bytes:
     """A map of labels as PNG with 8 bits, or 16 where they are needed.
 
     Raises:

@@ -20,9 +20,9 @@ from proscale_hf.data.reading import read_color_map
 from proscale_hf.data.sample import SampleError
 from proscale_hf.data.sources import json_arrays
 from proscale_hf.data.sources.json_arrays import read_array
-from proscale_hf.data.sources.run_length import run_lengths
 from proscale_hf.evaluation.panoptic_quality import PanopticQuality
 from proscale_hf.processing.packed_masks import unpack_masks
+from proscale_hf.processing.run_length import decompress_counts
 
 
 FIXTURE = FIXTURES / "panoptic_quality"
@@ -252,7 +252,7 @@ def random_shape(generator, kind):
     if kind == "compressed":
         return {"size": [HEIGHT, WIDTH], "counts": code["counts"].decode()}
     if kind == "uncompressed":
-        return {"size": [HEIGHT, WIDTH], "counts": run_lengths(code["counts"].decode())}
+        return {"size": [HEIGHT, WIDTH], "counts": decompress_counts(code["counts"].decode())}
     polygons = generator.random((2, 5, 2)) * [WIDTH + 2, HEIGHT + 2] - 1  # a little over the edges
     return [polygon.round(2).ravel().tolist() for polygon in polygons]
 
@@ -395,15 +395,6 @@ def test_an_image_of_another_size_than_the_json_says(instances):
     for image in content["images"]:
         del image["height"], image["width"]
     assert open_instances(root, content)[0].masks[0]["size"] == [HEIGHT, WIDTH]
-
-
-def test_run_lengths():
-    generator = np.random.default_rng(0)
-    for density in (0.0, 0.02, 0.5, 1.0):
-        mask = np.asfortranarray(generator.random((70, 90)) < density, dtype=np.uint8)
-        lengths = run_lengths(coco_mask.encode(mask)["counts"].decode())
-        values = np.arange(len(lengths)) % 2
-        assert np.array_equal(np.repeat(values, lengths), mask.ravel(order="F"))
 
 
 # Large JSON files

@@ -4,7 +4,7 @@ import datasets
 import evaluate
 
 from proscale_hf.evaluation.mean_iou import MeanIoU
-from proscale_hf.evaluation.metrics.stored_maps import decode, encode_labels
+from proscale_hf.evaluation.metrics.stored_maps import decode, labels_as_png
 
 
 DESCRIPTION = """
@@ -48,12 +48,12 @@ class MeanIoUMetric(evaluate.Metric):
     def add_batch(self, *, predictions=None, references=None):
         """Add the images of a batch."""
         super().add_batch(
-            predictions=[encode_labels(p) for p in predictions], references=[encode_labels(r) for r in references]
+            predictions=[labels_as_png(p) for p in predictions], references=[labels_as_png(r) for r in references]
         )
 
     def add(self, *, prediction=None, reference=None):
         """Add one image."""
-        super().add(prediction=encode_labels(prediction), reference=encode_labels(reference))
+        super().add(prediction=labels_as_png(prediction), reference=labels_as_png(reference))
 
     def _compute(self, predictions, references, num_labels, ignore_index=255):
         measure = MeanIoU(num_labels, ignore_index)

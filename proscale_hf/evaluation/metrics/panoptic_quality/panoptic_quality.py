@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from proscale_hf.evaluation.metrics.stored_maps import decode, encode_ids
+from proscale_hf.evaluation.metrics.stored_maps import decode, ids_as_png
 from proscale_hf.evaluation.panoptic_quality import PanopticQuality
 
 
@@ -80,7 +80,7 @@ class PanopticQualityMetric(evaluate.Metric):
 
 def stored_prediction(image):
     segments = [{"id": segment["id"], "label_id": segment["label_id"]} for segment in image["segments_info"]]
-    return {"segmentation": encode_ids(image["segmentation"]), "segments_info": segments}
+    return {"segmentation": ids_as_png(image["segmentation"]), "segments_info": segments}
 
 
 def stored_truth(image):

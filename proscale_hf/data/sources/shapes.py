@@ -1,4 +1,4 @@
-"""COCO's run-length codes, of polygons or other codes that an annotation file holds."""
+"""The shapes of objects in COCO's instance JSON, polygons or run-length codes, checked and as run-length codes."""
 
 from typing import Any
 
@@ -7,12 +7,13 @@ from pycocotools import mask as coco_mask
 
 from proscale_hf.data.sample import SampleError
 from proscale_hf.files.text import one_line
+from proscale_hf.processing.run_length import decompress_counts
 
 
 def run_length_code(shape: list | dict[str, Any], size: tuple[int, int], name: str) -> tuple[dict[str, Any], int]:
     """COCO run-length code of an annotated shape, and its number of pixels.
 
-    pycocotools trusts what it gets (of a code that ends early it decodes memory that was never written), so all is
+    pycocotools trusts its input: where a code ends early, it decodes memory that was never written. So shapes are
     checked first.
 
     Args:
@@ -21,7 +22,7 @@ def run_length_code(shape: list | dict[str, Any], size: tuple[int, int], name: s
         name: of the object, for messages.
 
     Raises:
-        SampleError: the shape cannot be meant.
+        SampleError: the shape is damaged, or leads far out of the image.
     """
     try:
         if isinstance(shape, list):
@@ -49,34 +50,9 @@ def _checked_code(shape: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"a run-length code has no {' and no '.join(sorted(missing))}")
     height, width = (int(length) for length in shape["size"])
     counts = shape["counts"]
-    lengths = counts if isinstance(counts, list) else run_lengths(counts)
+    lengths = counts if isinstance(counts, list) else decompress_counts(counts)
     if min(lengths, default=0) < 0 or sum(lengths) != height * width:
         raise ValueError(f"run lengths do not add up to {height} x {width}")
     if isinstance(counts, list):
         return coco_mask.frPyObjects(shape, height, width)
     return {"size": [height, width], "counts": counts.encode()}
-
-
-def run_lengths(counts: str) -> list[int]:
-    """The runs of a compressed COCO code: groups of five bits, lowest first, each run as difference to the one before
-    the last.
-
-    Raises:
-        ValueError: the text is not such a code.
-    """
-    lengths: list[int] = []
-    value = shift = 0
-    for byte in counts.encode():
-        bits = byte - 48
-        if not 0 <= bits < 64:
-            raise ValueError("a compressed run-length code has characters that do not belong there")
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            if bits & 16:
-                value -= 1 << shift
-            lengths.append(value + lengths[-2] if len(lengths) > 2 else value)
-            value = shift = 0
-    if shift:
-        raise ValueError("a compressed run-length code breaks off")
-    return lengths

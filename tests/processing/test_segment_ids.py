@@ -1,0 +1,17 @@
+"""Ids of segments as colours: red lowest, and read back as they were."""
+
+import numpy as np
+import pytest
+
+from proscale_hf.processing.segment_ids import encode_ids
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint32])
+def test_ids_are_colours(dtype):
+    assert encode_ids(np.array([[1 + 2 * 256 + 3 * 65536, 0]], dtype=dtype)).tolist() == [[[1, 2, 3], [0, 0, 0]]]
+
+
+def test_colours_hold_all_ids():
+    ids = np.random.default_rng(0).integers(0, 256**3, (5, 6))
+    colors = encode_ids(ids)
+    assert colors.dtype == np.uint8 and np.array_equal(colors @ 256 ** np.arange(3), ids)
