@@ -28,7 +28,7 @@ SET = ("gt.json", "gt", "pred.json", "pred")
 OURS = """
 import json, os, sys, time
 from pathlib import Path
-from proscale_hf.evaluation.panoptic_quality import panoptic_quality_of_files
+from proscale_hf.evaluation.panoptic_files import panoptic_quality_of_files
 *paths, processes = sys.argv[1:]
 start, before = time.perf_counter(), sum(os.times()[:4])
 result = panoptic_quality_of_files(*map(Path, paths), int(processes))

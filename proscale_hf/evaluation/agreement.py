@@ -1,17 +1,20 @@
-"""Whether a model, a data set and the tasks that are asked for belong together; found out before anything runs."""
+"""Checks, before anything runs, that a model, a data set and the tasks of an evaluation fit together."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from proscale_hf.data.dataset import SegmentationDataset
 from proscale_hf.files.text import few
+
+
+if TYPE_CHECKING:  # command lines, which read `TASKS`, do without the libraries that data sets need
+    from proscale_hf.data.dataset import SegmentationDataset
 
 
 TASKS = ("panoptic", "instance", "semantic")
 
 
-def check_tasks(tasks: Iterable[str]) -> None:
-    """Raises a ValueError when there is none, or one that is not in `TASKS`."""
+def check_tasks(tasks: Collection[str]) -> None:
+    """Raises a ValueError if `tasks` is empty, or has one that is not in `TASKS`."""
     if not tasks:
         raise ValueError(f"Give at least one task of {', '.join(TASKS)}.")
     if unknown := [task for task in tasks if task not in TASKS]:
@@ -19,19 +22,19 @@ def check_tasks(tasks: Iterable[str]) -> None:
 
 
 def choose_tasks(
-    dataset: SegmentationDataset,
+    dataset: "SegmentationDataset",
     tasks: Collection[str] | None,
     instance_annotations: Any = None,
 ) -> list[str]:
     """The tasks to evaluate on a data set.
 
     Args:
-        dataset: what is to be evaluated on.
-        tasks: what is asked for; None: all that the data set has the truth for.
-        instance_annotations: other truth of the instance task, if there is.
+        dataset: has the truth.
+        tasks: the user's choice; None: all tasks that the data set has the truth for.
+        instance_annotations: another truth of the instance task, or None.
 
     Returns:
-        Some of `TASKS`, in their order.
+        Some of `TASKS`, in that order.
 
     Raises:
         ValueError: a task is unknown, or the data set does not have the truth for it.
@@ -60,19 +63,19 @@ def match_labels(
 ) -> list[int | None]:
     """Find the data set's label for each label of a model, by name.
 
-    For the instance task alone the model may know more than the data set: predictions of its other labels are left out.
+    If instances alone are evaluated, the model may have more labels than the data set: their predictions are left out.
 
     Args:
-        id2label: of the model's configuration.
-        stuff_labels: the model's labels that are stuff: `label_ids_to_fuse` of its image processor.
-        categories: of the data set, in label order.
-        tasks: to be evaluated.
+        id2label: the model's, from its configuration.
+        stuff_labels: the model's labels that are stuff, which are `label_ids_to_fuse` of its image processor.
+        categories: the data set's, in label order.
+        tasks: some of `TASKS`.
 
     Returns:
-        For each label of the model the data set's, or None.
+        For each label of the model the label of the data set, or None.
 
     Raises:
-        ValueError: names differ, or what is thing and stuff does; the message says which.
+        ValueError: the names differ, or a label is a thing in one and stuff in the other; the message says which.
     """
     label_of = {category["name"]: label for label, category in enumerate(categories)}
     names = [id2label[label] for label in range(len(id2label))]

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from proscale_hf.files.text import few
+
 
 try:
     from pycocotools import mask as coco_mask
@@ -139,7 +141,7 @@ class MaskAveragePrecision:
         if list(state["category_ids"]) != self.category_ids:
             raise ValueError("Cannot merge counts of other categories.")
         if twice := self.images.keys() & state["images"].keys():
-            raise ValueError(f"Images {sorted(twice, key=str)[:10]} were counted twice.")
+            raise ValueError(f"Images {few(twice)} were counted twice.")
         self.objects += state["objects"]
         self.images |= {image_id: Outcomes(*arrays) for image_id, arrays in state["images"].items()}
 

@@ -12,8 +12,8 @@ Each image is segmented at its original size, counted and forgotten; what stays 
 
 import contextlib
 import time
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,12 +38,12 @@ class Evaluator:
     """Counts batch by batch, and gives all measures of all tasks at the end.
 
     Args:
-        categories: of the data set, in label order: COCO-panoptic category dicts with "id", "name" and "isthing".
-        tasks: which of `TASKS`.
-        label_map: for each label of the model the data set's label, None where the data set does not have it; default:
-            they are the same. See `match_labels`.
-        instance_annotations: truth of the instance task; default: the samples' own things.
-        files: where predictions are written to; default: nowhere.
+        categories: the data set's, in label order: COCO-panoptic category dicts with "id", "name" and "isthing".
+        tasks: some of `TASKS`.
+        label_map: for each label of the model the label of the data set, None where the data set lacks it; default:
+            the labels are the same. See `match_labels`.
+        instance_annotations: the truth of the instance task; default: the things of each sample.
+        files: write the predictions; default: they are not written.
     """
 
     def __init__(
@@ -65,15 +65,7 @@ class Evaluator:
 
     def reset(self) -> None:
         """Forget all images."""
-        things = [category["id"] for category in self.categories if category["isthing"]]
-        stuff = [category["id"] for category in self.categories if not category["isthing"]]
-        ids = [category["id"] for category in self.categories]
-        makers = {
-            "panoptic": lambda: PanopticQuality(things, stuff),
-            "instance": lambda: MaskAveragePrecision(things),
-            "semantic": lambda: MeanIoU(len(ids), VOID_LABEL, names=ids),
-        }
-        self.measures = {task: makers[task]() for task in self.tasks}
+        self.measures = {task: COUNTING[task].new_measure(self.categories) for task in self.tasks}
         self.images = 0
 
     def update(self, samples: Sequence[Sample], outputs: Any, image_processor: Any) -> None:
@@ -81,14 +73,13 @@ class Evaluator:
 
         Args:
             samples: the images with their truth.
-            outputs: of the model, for these images in this order; anything with `["class_queries_logits"]` and
-                `["masks_queries_logits"]`, and `["image_sizes"]` and `["padded_sizes"]` as the model gives them.
+            outputs: the model's, for these images in this order: a mapping with "class_queries_logits" and
+                "masks_queries_logits", and "image_sizes" and "padded_sizes" as the model gives them.
             image_processor: the one that made the batch.
 
         Raises:
             ValueError: the logits hold NaN.
         """
-        count_one = {"panoptic": self._panoptic, "instance": self._instance, "semantic": self._semantic}
         for index, sample in enumerate(samples):
             output = {
                 name: outputs[name][index : index + 1]
@@ -97,7 +88,7 @@ class Evaluator:
             }
             options = {"target_sizes": [(sample.image.height, sample.image.width)]}
             for task in self.tasks:
-                count_one[task](sample, output, image_processor, options)
+                COUNTING[task].count(self, sample, output, image_processor, options)
             self.images += 1
 
     def _panoptic(self, sample: Sample, output: Any, image_processor: Any, options: dict[str, Any]) -> None:
@@ -172,6 +163,40 @@ class Evaluator:
         return {**{task: measure.compute() for task, measure in self.measures.items()}, "images": self.images}
 
 
+class Counting(NamedTuple):
+    """How a task is evaluated.
+
+    Attributes:
+        new_measure: makes the task's measure for the categories of a data set.
+        count: a method of `Evaluator` that adds the truth and the prediction of one image to the measure.
+    """
+
+    new_measure: Callable[[Sequence[Mapping[str, Any]]], Any]
+    count: Callable[[Evaluator, Sample, Any, Any, dict[str, Any]], None]
+
+
+def ids_of(categories: Sequence[Mapping[str, Any]], kinds: Collection[bool] = (True, False)) -> list[int]:
+    """The ids of things (`True` in `kinds`) and of stuff (`False`), in label order."""
+    return [category["id"] for category in categories if bool(category["isthing"]) in kinds]
+
+
+# A further task needs a line here, and its name in `TASKS`.
+COUNTING = {
+    "panoptic": Counting(
+        lambda categories: PanopticQuality(ids_of(categories, [True]), ids_of(categories, [False])),
+        Evaluator._panoptic,
+    ),
+    "instance": Counting(
+        lambda categories: MaskAveragePrecision(ids_of(categories, [True])),
+        Evaluator._instance,
+    ),
+    "semantic": Counting(
+        lambda categories: MeanIoU(len(categories), VOID_LABEL, names=ids_of(categories)),
+        Evaluator._semantic,
+    ),
+}
+
+
 def evaluate(
     model: torch.nn.Module,
     image_processor: Any,
@@ -189,14 +214,14 @@ def evaluate(
     """Run a model over a data set once, and measure it.
 
     Args:
-        model: where it is; it is left in the mode, training or evaluation, that it was in.
+        model: runs on its device. Afterwards it is in the mode, training or evaluation, that it was in before.
         image_processor: the model's.
-        dataset: its categories have the names of the model's labels. With its `on_error` "skip", images that cannot be
-            read are left out, else they are an error.
-        tasks: some of `TASKS`; default: all that the data set has the truth for.
-        batch_size: images per batch and process. It does not change the results, but for rounding.
-        workers: processes that read and prepare images, for each process that runs the model.
-        dtype: of autocast; default: as it is where this is called.
+        dataset: its categories have the names of the model's labels. If its `on_error` is "skip", images that cannot be
+            read are left out; else the first one is an error.
+        tasks: some of `TASKS`; default: all tasks that the data set has the truth for.
+        batch_size: images per batch and process. It changes the results by no more than rounding.
+        workers: how many processes read and prepare images, for each process that runs the model.
+        dtype: autocast's; default: autocast stays as it is.
         accelerator: an `accelerate.Accelerator` to share the work with other processes. Each must call this, and each
             gets the result, which is that of one process.
         instance_annotations: see `Evaluator`.

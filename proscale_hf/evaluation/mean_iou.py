@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from proscale_hf.files.text import few
+
 
 IGNORE_INDEX = 255
 
@@ -72,7 +74,7 @@ class MeanIoU:
         is_wrong = (labels < 0) | (labels >= self.number_of_labels)
         if is_wrong.any():
             raise ValueError(
-                f"The {name} has values {np.unique(labels[is_wrong])[:10].tolist()}, which are neither labels "
+                f"The {name} has values {few(set(labels[is_wrong].tolist()))}, which are neither labels "
                 f"(0 to {self.number_of_labels - 1}) nor ignore_index ({self.ignore_index})."
             )
 

@@ -16,7 +16,7 @@ from proscale_hf.data.collate import TrainingTransform, collate
 from proscale_hf.data.opening import open_dataset
 from proscale_hf.evaluation.coco_files import PredictionFiles, merge_parts
 from proscale_hf.evaluation.evaluator import evaluate
-from proscale_hf.evaluation.panoptic_quality import panoptic_quality_of_files
+from proscale_hf.evaluation.panoptic_files import panoptic_quality_of_files
 from proscale_hf.processing.packed_masks import unpack_masks
 from proscale_hf.training.recipe import Recipe
 from proscale_hf.training.setup import create_config, create_image_processor

@@ -17,7 +17,7 @@ from proscale_hf.data.sample import Sample
 from proscale_hf.evaluation.coco_files import PredictionFiles, merge_parts
 from proscale_hf.evaluation.evaluator import evaluate
 from proscale_hf.evaluation.instance_truth import InstanceAnnotations
-from proscale_hf.evaluation.panoptic_quality import panoptic_quality_of_files
+from proscale_hf.evaluation.panoptic_files import panoptic_quality_of_files
 from proscale_hf.processing.run_length import encode_mask
 
 

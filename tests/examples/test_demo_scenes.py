@@ -14,7 +14,7 @@ pytest.importorskip("sklearn")
 import demo_scenes
 from demo_scenes import ID2LABEL, STUFF_LABEL_IDS, THING_LABEL_IDS, DemoScenes
 from paths import EXAMPLES
-from proscale_hf.evaluation.panoptic_quality import panoptic_quality_of_files
+from proscale_hf.evaluation.panoptic_files import panoptic_quality_of_files
 
 
 def run_command(*arguments):

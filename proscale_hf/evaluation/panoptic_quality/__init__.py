@@ -12,34 +12,20 @@ Void (ground-truth pixels of no segment) does not count into unions, crowd segme
 missed, and an unmatched prediction is no false positive if more than half of it is void or a crowd of its own
 category. The numbers equal those of the reference implementation, panopticapi.
 
-    python -m proscale_hf.evaluation.panoptic_quality \\
-        --gt-json A.json --gt-folder A --pred-json B.json --pred-folder B
-
-prints the result of two COCO-panoptic sets as JSON.
+`panoptic_files.py` measures files in COCO-panoptic format.
 """
 
-import argparse
-import contextlib
-import json
-import multiprocessing
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from operator import index
-from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from proscale_hf.files.text import few
 from proscale_hf.processing.segment_ids import VOID_ID
 
 
 COUNTS = ("iou_sum", "true_positives", "false_positives", "false_negatives")
-IMAGES_AT_A_TIME = 16
 
 
 class PanopticQuality:
@@ -48,7 +34,7 @@ class PanopticQuality:
     Args:
         thing_category_ids: categories counted under "Things".
         stuff_category_ids: categories counted under "Stuff".
-        void_id: value of map pixels that belong to no segment, in prediction and ground truth.
+        void_id: value of pixels of no segment, in the maps of prediction and ground truth.
 
     Raises:
         ValueError: a category is both thing and stuff.
@@ -265,170 +251,3 @@ def find_positions(known_ids: np.ndarray, ids: Iterable[int]) -> list[int]:
     """Where each of `ids` is in `known_ids`; -1 if it is not there."""
     position_of = {known: position for position, known in enumerate(known_ids.tolist())}
     return [position_of.get(wanted, -1) for wanted in ids]
-
-
-def panoptic_quality_of_files(
-    ground_truth_json: Path,
-    ground_truth_folder: Path,
-    prediction_json: Path,
-    prediction_folder: Path,
-    processes: int | None = None,
-) -> dict[str, Any]:
-    """Panoptic quality of a prediction in COCO-panoptic format; see `PanopticQuality.compute`.
-
-    Predictions of images that the ground truth does not list are ignored; an image that it lists twice counts twice.
-
-    Args:
-        ground_truth_json, prediction_json: COCO-panoptic JSON files; the ground truth's lists the categories.
-        ground_truth_folder, prediction_folder: their folders of PNG files, with ids in base 256 (red lowest).
-        processes: that share the work; default: one per core. The result does not depend on it.
-
-    Raises:
-        ValueError: a file is missing or damaged, there are no images, an image has no prediction, or a prediction is
-            not what `PanopticQuality.update` takes. The message names the file or the image.
-    """
-    ground_truth, prediction = read_json(ground_truth_json), read_json(prediction_json)
-    with coco_panoptic_format(ground_truth_json):
-        is_thing = {category["id"]: category["isthing"] == 1 for category in ground_truth["categories"]}
-        truths = [(annotation["image_id"], annotation) for annotation in ground_truth["annotations"]]
-    with coco_panoptic_format(prediction_json):
-        prediction_of = {annotation["image_id"]: annotation for annotation in prediction["annotations"]}
-    if not truths:
-        raise ValueError(f"{ground_truth_json} has no annotations, so there is nothing to measure.")
-    if missing := {image_id for image_id, _ in truths if image_id not in prediction_of}:
-        raise ValueError(f"there is no prediction for the images with ids {few(missing)}.")
-    pairs = [(truth, prediction_of[image_id]) for image_id, truth in truths]
-    portions = [pairs[start : start + IMAGES_AT_A_TIME] for start in range(0, len(pairs), IMAGES_AT_A_TIME)]
-    count = partial(count_images, is_thing, Path(ground_truth_folder), Path(prediction_folder))
-    measure = make_measure(is_thing)
-    for state in map_in_processes(count, portions, processes or os.cpu_count()):
-        measure.merge(state)
-    return measure.compute()
-
-
-def make_measure(is_thing: Mapping[int, bool]) -> PanopticQuality:
-    things = [category for category in is_thing if is_thing[category]]
-    return PanopticQuality(things, is_thing.keys() - things)
-
-
-def map_in_processes(function: Callable, items: Sequence, processes: int) -> Iterator:
-    """`map`, by several processes if there is enough to do."""
-    processes = min(processes, len(items))
-    if processes < 2:
-        yield from map(function, items)
-        return
-    # Forked processes do not import everything again, which takes longer than a thousand images.
-    start_method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    with ProcessPoolExecutor(processes, multiprocessing.get_context(start_method), keep_freed_memory) as pool:
-        yield from pool.map(function, items)
-
-
-def keep_freed_memory() -> None:
-    """glibc returns freed memory to the system, unless a larger piece was freed before; here that is a fifth of the
-    time.
-    """
-    np.empty(16 * 1024**2, dtype=np.uint8)
-
-
-def count_images(
-    is_thing: Mapping[int, bool],
-    ground_truth_folder: Path,
-    prediction_folder: Path,
-    pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
-) -> dict[str, Any]:
-    """The `state` of a measure that has counted some images, given their true and predicted annotations."""
-    measure = make_measure(is_thing)
-    for truth, prediction in pairs:
-        try:
-            with coco_panoptic_format("its annotation"):
-                measure.update(
-                    read_colors(prediction_folder, prediction["file_name"]),
-                    prediction["segments_info"],
-                    read_colors(ground_truth_folder, truth["file_name"]),
-                    truth["segments_info"],
-                )
-        except ValueError as error:
-            raise ValueError(f"image {truth['image_id']}: {error}") from error
-    return measure.state()
-
-
-@contextlib.contextmanager
-def coco_panoptic_format(name: str | Path) -> Iterator[None]:
-    """Turns what goes wrong where entries are missing, or of another type, into a ValueError that says so."""
-    try:
-        yield
-    except (KeyError, TypeError, OverflowError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{name} is not in the COCO-panoptic format: {reason}.") from error
-
-
-def read_colors(folder: Path, file_name: str) -> np.ndarray:
-    """A COCO-panoptic PNG as `(height, width, 3)` uint8.
-
-    Raises:
-        ValueError: the file is not there, is damaged, has no colours, or is not inside the folder.
-    """
-    name = PurePosixPath(file_name)
-    if name.is_absolute() or ".." in name.parts:
-        raise ValueError(f"{file_name!r} is not the name of a file inside {folder}.")
-    path = folder / name
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {path}.") from None
-    except Exception as error:  # what Pillow's decoders raise on damaged data depends on the format
-        raise ValueError(f"{path} cannot be read ({str(error) or type(error).__name__}).") from error
-    if picture.mode not in ("RGB", "RGBA"):
-        raise ValueError(f"{path} must be an RGB picture, whose colours are ids, but its mode is {picture.mode}.")
-    return np.asarray(picture)[..., :3]
-
-
-def read_json(path: Path) -> Any:
-    """
-    Raises:
-        ValueError: the file cannot be read, or is not JSON.
-    """
-    try:
-        return json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}.") from error
-
-
-def few(ids: Iterable[int | str]) -> str:
-    """Ids for a message: sorted, the first ten."""
-    ids = sorted(ids, key=lambda each: (isinstance(each, str), each))
-    return f"{ids[:10]}{' and more' if len(ids) > 10 else ''}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m proscale_hf.evaluation.panoptic_quality",
-        description="Print the panoptic quality of a prediction in COCO-panoptic format, as JSON.",
-    )
-    parser.add_argument("--gt-json", type=Path, required=True, help="ground truth: JSON")
-    parser.add_argument("--gt-folder", type=Path, required=True, help="ground truth: folder of PNG files")
-    parser.add_argument("--pred-json", type=Path, required=True, help="prediction: JSON")
-    parser.add_argument("--pred-folder", type=Path, required=True, help="prediction: folder of PNG files")
-    parser.add_argument("--processes", type=int, help="that share the work (default: one per core)")
-    options = parser.parse_args()
-    if options.processes is not None and options.processes < 1:
-        sys.exit(f"error: --processes must be at least 1, got {options.processes}.")
-    try:
-        quality = panoptic_quality_of_files(
-            options.gt_json, options.gt_folder, options.pred_json, options.pred_folder, options.processes
-        )
-    except BrokenProcessPool:
-        sys.exit("error: a process was killed, probably for want of memory; try fewer --processes.")
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    try:
-        print(json.dumps(quality, indent=1), flush=True)
-    except BrokenPipeError:  # the reader, `head` say, has seen enough; Python is not to try again when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-if __name__ == "__main__":
-    main()
