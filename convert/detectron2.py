@@ -1,9 +1,9 @@
-"""`python -m convert.detectron2`: the converter in `proscale_hf/convert`, from a clone."""
+"""`python -m convert.detectron2`: `proscale convert detectron2`, in a clone."""
 
 import sys
 
-from proscale_hf.convert.detectron2 import main
+from proscale_hf.cli.convert import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("detectron2"))

@@ -1,9 +1,9 @@
-"""`python -m convert.transformers_mask2former`: the converter in `proscale_hf/convert`, from a clone."""
+"""`python -m convert.transformers_mask2former`: `proscale convert transformers-mask2former`, in a clone."""
 
 import sys
 
-from proscale_hf.convert.transformers_mask2former import main
+from proscale_hf.cli.convert import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("transformers-mask2former"))

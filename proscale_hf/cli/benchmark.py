@@ -5,40 +5,31 @@ import itertools
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from proscale_hf.benchmarking.workload import BACKBONES, BACKENDS, DTYPES, MODELS, MODES, Candidate, Workload
+from proscale_hf.cli.command_line import Subcommand
 from proscale_hf.cli.console import CommandError, progress, user_errors
-from proscale_hf.cli.numbers import image_size
+from proscale_hf.cli.numbers import input_size, whole_number
 
 
 DEFAULT_MODELS = ("proscale:float32:pytorch", "mask2former")
 
 
-def add_benchmark_command(commands: argparse._SubParsersAction) -> None:
-    """Adds the subcommand to the `proscale` command."""
-    models = "; ".join(f"{name}: {meaning}" for name, meaning in MODELS.items())
-    parser = commands.add_parser(
-        "benchmark",
-        help="compare speed and memory of models",
-        description="Run models in turns on the same input and print times, memory and ratios. "
-        f"A model is NAME[:TYPE[:BACKEND]]. Names are {models}. Types are {', '.join(DTYPES)}; "
-        f"backends are {', '.join(BACKENDS)}. Sizes, batches, queries and objects may be lists, such as "
-        "512x512,1024x1024: each combination is measured, and the table shows how time and memory grow.",
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the subcommand's arguments."""
     parser.add_argument(
         "models",
         nargs="*",
         metavar="MODEL",
         help="default: " + " ".join(DEFAULT_MODELS) + "; the last is the reference",
     )
-    modes = "; ".join(f"{name}: {meaning}" for name, meaning in MODES.items())
-    parser.add_argument("--mode", choices=MODES, default="inference", help=f"{modes} (default: %(default)s)")
+    parser.add_argument("--mode", choices=MODES, default="inference", help=f"{explained(MODES)} (default: %(default)s)")
     parser.add_argument(
         "--size",
-        type=several(size),
+        type=several(input_size),
         default="800x1344",
         metavar="HxW[,...]",
         help="of the image in pixels (default: %(default)s)",
@@ -73,27 +64,16 @@ def add_benchmark_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--stages", type=stages, default=(3, 3, 3), metavar="P1,P2,P3", help="default: 3,3,3")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--json", metavar="FILE", help="also write everything that was measured")
-    parser.set_defaults(run=run_benchmark)
 
 
-def number(text: str, is_possible: Callable[[int], bool]) -> int:
-    """A whole number from the command line."""
-    if not text.isdecimal() or not is_possible(int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a possible number")
-    return int(text)
+def explained(choices: Mapping[str, str]) -> str:
+    """Choices and their meanings, for the help."""
+    return "; ".join(f"{name}: {meaning}" for name, meaning in choices.items())
 
 
 def count(text: str) -> int:
     """0 or more."""
-    return number(text, lambda value: value < 100_000)
-
-
-def size(text: str) -> tuple[int, int]:
-    """`"800x1344"`: height and width."""
-    height, width = image_size(text)
-    if not (32 <= height <= 8192 and 32 <= width <= 8192):
-        raise argparse.ArgumentTypeError(f"{text!r} must have sides of 32 to 8192 pixels")
-    return height, width
+    return whole_number(text, 0, 99_999)
 
 
 def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -103,18 +83,11 @@ def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 def stages(text: str) -> tuple[int, ...]:
     """`"3,3,3"`."""
-    return tuple(number(part, lambda value: 1 <= value <= 100) for part in text.split(","))
+    return tuple(whole_number(part, 1, 100) for part in text.split(","))
 
 
-def run_benchmark(options: argparse.Namespace) -> None:
-    """Carries the subcommand out.
-
-    Args:
-        options: the parsed command line.
-
-    Raises:
-        CommandError: anything that the user can mend.
-    """
+def run(options: argparse.Namespace) -> None:
+    """Measures the models on all workloads, and prints tables."""
     from proscale_hf.benchmarking.comparison import compare
     from proscale_hf.benchmarking.tables import to_json, to_markdown
     from proscale_hf.files.whole import check_writable, write_whole
@@ -156,3 +129,15 @@ def run_benchmark(options: argparse.Namespace) -> None:
                 content: dict[str, Any] = to_json(comparisons, command)
                 with user_errors():
                     write_whole(options.json, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+BENCHMARK = Subcommand(
+    name="benchmark",
+    help="compare speed and memory of models",
+    description="Run models in turns on the same input and print times, memory and ratios. "
+    f"A model is NAME[:TYPE[:BACKEND]]. Names are {explained(MODELS)}. "
+    f"Types are {', '.join(DTYPES)}; backends are {', '.join(BACKENDS)}. Sizes, batches, queries and objects may be "
+    "lists, such as 512x512,1024x1024: each combination is measured, and the table shows how time and memory grow.",
+    add_options=add_options,
+    run=run,
+)

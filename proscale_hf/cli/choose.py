@@ -9,29 +9,24 @@ from dataclasses import asdict
 from typing import Any
 
 from proscale_hf.backbones.presets import BACKBONES
-from proscale_hf.cli.benchmark import size
-from proscale_hf.cli.console import CommandError, user_errors
+from proscale_hf.cli.command_line import Subcommand
+from proscale_hf.cli.console import CommandError, needed_libraries, user_errors
 from proscale_hf.cli.device import add_device_options, place_model
-from proscale_hf.cli.evaluate import needed_libraries
 from proscale_hf.cli.loading import load_config
-from proscale_hf.cli.numbers import positive
+from proscale_hf.cli.numbers import input_size, positive
 
 
 LONGEST_TABLE = 20  # rows
 
 
-def add_choose_command(commands: argparse._SubParsersAction) -> None:
-    """Adds the subcommand to the `proscale` command."""
-    parser = commands.add_parser(
-        "choose",
-        help="find the encoder layers that fit a budget",
-        description="List the numbers of layers (p1, p2, p3) of the encoder's stages that fit a budget of GFLOPs, of "
-        "milliseconds on this machine, or both. What cannot be made larger comes first.",
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the subcommand's arguments."""
+    from proscale_hf.models.mask2former.presets import BACKBONES
+
     parser.add_argument("--gflops", type=budget, metavar="N", help="of one image, counted as in the papers")
     parser.add_argument("--milliseconds", type=budget, metavar="N", help="of a forward pass with one image, here")
     parser.add_argument(
-        "--size", type=size, default=(800, 1333), metavar="HxW", help="of the image in pixels (default: 800x1333)"
+        "--size", type=input_size, default=(800, 1333), metavar="HxW", help="of the image in pixels (default: 800x1333)"
     )
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--backbone", choices=BACKBONES, default="swin-t", help="default: %(default)s")
@@ -47,7 +42,6 @@ def add_choose_command(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--format", choices=("table", "json"), default="table", help="default: %(default)s")
     add_device_options(parser)
-    parser.set_defaults(run=run_choose)
 
 
 def budget(text: str) -> float:
@@ -61,15 +55,8 @@ def budget(text: str) -> float:
     return number
 
 
-def run_choose(options: argparse.Namespace) -> None:
-    """Carries the subcommand out.
-
-    Args:
-        options: the parsed command line.
-
-    Raises:
-        CommandError: anything that the user can mend.
-    """
+def run(options: argparse.Namespace) -> None:
+    """Lists the numbers of layers that fit the budget."""
     if options.gflops is None and options.milliseconds is None:
         raise CommandError("give a budget: --gflops, --milliseconds or both", exit_code=2)
 
@@ -77,7 +64,7 @@ def run_choose(options: argparse.Namespace) -> None:
     from proscale_hf.benchmarking.tables import versions
     from proscale_hf.files.text import one_line
 
-    config = chosen_config(options)
+    config = config_to_fit(options)
     devices = []
 
     def prepare(model: Any) -> None:
@@ -102,8 +89,8 @@ def run_choose(options: argparse.Namespace) -> None:
     print(to_json(options, choices, machine) if options.format == "json" else to_table(options, choices, machine))
 
 
-def chosen_config(options: argparse.Namespace) -> Any:
-    """The model whose layers are to be chosen."""
+def config_to_fit(options: argparse.Namespace) -> Any:
+    """The configuration whose numbers of layers are chosen: that of a preset, or the one that `--config` names."""
     from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
 
     if options.config is None:
@@ -148,3 +135,13 @@ def to_table(options: argparse.Namespace, choices: Sequence[Any], machine: dict[
     if len(choices) > LONGEST_TABLE:
         notes.insert(0, f"and {len(choices) - LONGEST_TABLE} more (all with --format json)")
     return "\n".join(rows + notes)
+
+
+CHOOSE = Subcommand(
+    name="choose",
+    help="find the encoder layers that fit a budget",
+    description="List the numbers of layers (p1, p2, p3) of the encoder's stages that fit a budget of GFLOPs, of "
+    "milliseconds on this machine, or both. What cannot be made larger comes first.",
+    add_options=add_options,
+    run=run,
+)

@@ -1,4 +1,4 @@
-"""What every subcommand says to its user: one-line errors, progress, and clean text."""
+"""What every subcommand says to its user: errors in one line, and progress."""
 
 import contextlib
 import sys
@@ -10,15 +10,16 @@ PATIENCE = 2.0  # seconds a step may stay silent when no one watches a terminal
 
 
 class CommandError(Exception):
-    """A failure the user can act on: its text is the one line to print.
+    """A failure the user can act on: its text is what to print.
 
     Args:
-        message: what is wrong and what to do.
+        message: says what is wrong and what to do. It becomes one line.
         exit_code: 1 for a job that failed, 2 for a command line that cannot be meant.
+        keep_lines: the message is a list or a table, and stays as it is.
     """
 
-    def __init__(self, message: str, exit_code: int = 1):
-        super().__init__(" ".join(message.split()))
+    def __init__(self, message: str, exit_code: int = 1, keep_lines: bool = False):
+        super().__init__(message if keep_lines else " ".join(message.split()))
         self.exit_code = exit_code
 
 
@@ -29,6 +30,26 @@ def user_errors(exit_code: int = 1) -> Iterator[None]:
         yield
     except ValueError as error:
         raise CommandError(str(error), exit_code) from error
+
+
+@contextlib.contextmanager
+def needed_libraries(extra: str = "evaluate") -> Iterator[None]:
+    """Turns the absence of an optional library into a `CommandError` that says which extra to install."""
+    try:
+        yield
+    except ImportError as error:
+        reason = f"{error.name} is not installed" if error.name else str(error).strip().partition(". ")[0]
+        raise CommandError(f'{reason}: pip install "proscale-hf[{extra}]"') from error
+
+
+def quiet_libraries() -> None:
+    """Silences the messages and progress bars of transformers and the Hub: what matters is said in one line here."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
 
 
 @contextlib.contextmanager

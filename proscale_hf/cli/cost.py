@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from proscale_hf.cli.console import CommandError, progress, user_errors
-from proscale_hf.cli.evaluate import needed_libraries
+from proscale_hf.cli.command_line import Subcommand
+from proscale_hf.cli.console import CommandError, needed_libraries, progress, user_errors
 from proscale_hf.cli.loading import load_config
 from proscale_hf.cli.numbers import image_size
 
@@ -32,14 +32,8 @@ COLUMNS = {
 }
 
 
-def add_cost_command(commands: argparse._SubParsersAction) -> None:
-    """Adds the subcommand to the `proscale` command."""
-    parser = commands.add_parser(
-        "cost",
-        help="count GFLOPs, parameters and activations",
-        description="Count the GFLOPs of each stage for one image, parameters and activations. Only shapes are "
-        "computed: weights are not read, and any size fits. " + " ".join(NOTES),
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the subcommand's arguments."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", metavar="NAME", help="a folder, a Hub id or the short name of a published model")
     what.add_argument("--config", metavar="FILE", help="a model's config.json")
@@ -49,25 +43,17 @@ def add_cost_command(commands: argparse._SubParsersAction) -> None:
         "--size", nargs="+", type=image_size, metavar="HxW", help="one or several, in pixels (default: 800x1333)"
     )
     parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: %(default)s")
-    parser.set_defaults(run=run_cost)
 
 
-def run_cost(options: argparse.Namespace) -> None:
-    """Carries the subcommand out.
-
-    Args:
-        options: the parsed command line.
-
-    Raises:
-        CommandError: anything that the user can mend.
-    """
+def run(options: argparse.Namespace) -> None:
+    """Counts what the model costs at each size, or the paper's tables."""
     if options.paper_tables:
         if options.size is not None:
             raise CommandError("--paper-tables has its own sizes: leave --size out", exit_code=2)
         print_paper_tables(options.format)
         return
     name = options.model or options.config or options.preset
-    config = chosen_config(options)
+    config = config_to_count(options)
     records = [measure(name, config, *size) for size in options.size or [(800, 1333)]]
     if options.format == "table":
         print(to_table(records))
@@ -77,8 +63,8 @@ def run_cost(options: argparse.Namespace) -> None:
         print_records(records, options.format)
 
 
-def chosen_config(options: argparse.Namespace) -> Any:
-    """The configuration that the command line names."""
+def config_to_count(options: argparse.Namespace) -> Any:
+    """The configuration that `--model`, `--config` or `--preset` names."""
     if options.config is not None and not Path(options.config).is_file():
         raise CommandError(f"there is no file {options.config}", exit_code=2)
     if options.preset is None:
@@ -139,3 +125,13 @@ def to_table(records: Sequence[dict[str, Any]]) -> str:
         *NOTES,
     ]
     return "\n".join(lines)
+
+
+COST = Subcommand(
+    name="cost",
+    help="count GFLOPs, parameters and activations",
+    description="Count the GFLOPs of each stage for one image, parameters and activations. Only shapes are "
+    "computed: weights are not read, and any size fits. " + " ".join(NOTES),
+    add_options=add_options,
+    run=run,
+)

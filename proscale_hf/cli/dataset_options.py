@@ -4,16 +4,16 @@ import argparse
 import json
 from typing import Any
 
-from proscale_hf.cli.console import CommandError, user_errors
+from proscale_hf.cli.console import CommandError, needed_libraries, user_errors
 
 
 # Their classes, in `data.sources`, need libraries that the help does without.
 DATASETS = ("coco_panoptic", "coco_instance", "cityscapes", "ade20k", "folder", "hub")
 
 
-def add_dataset_options(parser: argparse.ArgumentParser) -> None:
+def add_dataset_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds `--dataset` and `--set` to a subcommand."""
-    parser.add_argument("--dataset", required=True, metavar="NAME", help=f"one of {', '.join(DATASETS)}")
+    parser.add_argument("--dataset", required=required, metavar="NAME", help=f"one of {', '.join(DATASETS)}")
     parser.add_argument(
         "--set",
         action="append",
@@ -21,13 +21,13 @@ def add_dataset_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         dest="dataset_settings",
         metavar="OPTION=VALUE",
-        help="an option of the data set, such as root=FOLDER or split=val2017; may be given several times, and an "
-        "unknown one is answered with those that there are",
+        help="an option of the data set, such as root=FOLDER or split=val2017; may be given several times. The answer "
+        "to an unknown option lists those of the data set",
     )
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """`"root=coco"`; what is JSON, such as true, 255, [0,255] or "2017", is taken for that, all else for text."""
+    """Reads `"root=coco"`. JSON, such as true, 255, [0,255] or "2017", becomes a value; all else is text."""
     name, separator, value = text.partition("=")
     if not name or not separator:
         raise argparse.ArgumentTypeError(f"{text!r} is not OPTION=VALUE")
@@ -47,12 +47,10 @@ def open_chosen_dataset(options: argparse.Namespace, **settings: Any) -> Any:
     Raises:
         CommandError: it cannot be opened, or a library for it is missing.
     """
-    try:
+    with needed_libraries():
         import datasets
 
         from proscale_hf.data.opening import open_dataset
-    except ImportError as error:
-        raise CommandError(f'{error.name} is not installed: pip install "proscale-hf[evaluate]"') from error
 
     datasets.disable_progress_bars()
     chosen = dict(options.dataset_settings)

@@ -6,26 +6,20 @@ import importlib
 import os
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from proscale_hf.cli.console import CommandError, progress, user_errors
+from proscale_hf.cli.command_line import Subcommand
+from proscale_hf.cli.console import CommandError, needed_libraries, progress, user_errors
 from proscale_hf.cli.dataset_options import add_dataset_options, open_chosen_dataset
 from proscale_hf.cli.device import add_device_options, place_model
 from proscale_hf.cli.loading import load_model
 from proscale_hf.cli.numbers import natural, positive
-from proscale_hf.cli.segment import TASKS
+from proscale_hf.evaluation.agreement import TASKS
 
 
-def add_evaluate_command(commands: argparse._SubParsersAction) -> None:
-    """Adds the subcommand to the `proscale` command."""
-    parser = commands.add_parser(
-        "evaluate",
-        help="measure a model on a data set",
-        description="Print panoptic quality (PQ, SQ, RQ), mask AP of the things and mean IoU of a model as a Markdown "
-        "table, all measured in one pass over a data set.",
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the subcommand's arguments."""
     parser.add_argument(
         "--model",
         metavar="DIR-OR-HUB-ID",
@@ -57,7 +51,6 @@ def add_evaluate_command(commands: argparse._SubParsersAction) -> None:
         "--workers", type=natural, default=2, metavar="N", help="processes that read images (default: 2)"
     )
     add_device_options(parser)
-    parser.set_defaults(run=run_evaluate)
 
 
 def task_list(text: str) -> list[str]:
@@ -68,15 +61,8 @@ def task_list(text: str) -> list[str]:
     return tasks
 
 
-def run_evaluate(options: argparse.Namespace) -> None:
-    """Carries the subcommand out, in each process if `accelerate launch` started several.
-
-    Args:
-        options: the parsed command line.
-
-    Raises:
-        CommandError: anything that the user can mend.
-    """
+def run(options: argparse.Namespace) -> None:
+    """Measures a model or stored predictions, in each process if `accelerate launch` started several."""
     if options.save_predictions and options.output is None:
         raise CommandError("--save-predictions needs --output, the folder to put them into", exit_code=2)
     with needed_libraries():
@@ -107,16 +93,6 @@ def run_evaluate(options: argparse.Namespace) -> None:
         print(to_markdown(report), end="")
     if accelerator is not None:
         accelerator.end_training()
-
-
-@contextlib.contextmanager
-def needed_libraries(extra: str = "evaluate") -> Iterator[None]:
-    """Turns the absence of an optional library into one line that says what to install."""
-    try:
-        yield
-    except ImportError as error:
-        reason = f"{error.name} is not installed" if error.name else str(error).strip().partition(". ")[0]
-        raise CommandError(f'{reason}: pip install "proscale-hf[{extra}]"') from error
 
 
 def join_processes(device: str | None) -> Any:
@@ -193,3 +169,13 @@ def describe(options: argparse.Namespace, model: Any, dataset: Any, accelerator:
         "versions": {**versions(model.device), **processes, "proscale_hf": __version__},
         "categories": dataset.categories,
     }
+
+
+EVALUATE = Subcommand(
+    name="evaluate",
+    help="measure a model on a data set",
+    description="Print panoptic quality (PQ, SQ, RQ), mask AP of the things and mean IoU of a model as a Markdown "
+    "table, all measured in one pass over a data set.",
+    add_options=add_options,
+    run=run,
+)

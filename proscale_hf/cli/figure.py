@@ -4,100 +4,18 @@ import argparse
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from proscale_hf.cli.console import CommandError, progress, user_errors
+from proscale_hf.cli.command_line import Subcommand
+from proscale_hf.cli.console import CommandError, needed_libraries, progress, user_errors
 from proscale_hf.cli.device import add_device_options, place_model
-from proscale_hf.cli.evaluate import needed_libraries
 from proscale_hf.cli.loading import load_config, load_model
 from proscale_hf.cli.numbers import image_size, positive
 
 
 MODEL_HELP = "a folder, a Hub id or a short name (default: the small demo model that comes with the package)"
-
-
-def add_figure_command(commands: argparse._SubParsersAction) -> None:
-    """Adds the subcommand to the `proscale` command."""
-    parser = commands.add_parser(
-        "figure",
-        help="draw an analysis of the paper",
-        description="Draw one of the paper's analyses. `proscale figure NAME --help` says more about each.",
-    )
-    figures = parser.add_subparsers(required=True, metavar="NAME", parser_class=type(parser))
-
-    figure = add_figure(
-        figures,
-        "compute-distribution",
-        draw_compute_distribution,
-        "what backbone, encoder and mask decoder cost (figure 1)",
-    )
-    figure.add_argument(
-        "configs",
-        nargs="+",
-        metavar="[LABEL=]MODEL",
-        help='a preset, a folder, a config.json, a Hub id, or "demo"; LABEL is what stands beside the bar',
-    )
-    add_size(figure, required=True)
-
-    figure = add_figure(
-        figures,
-        "token-similarity",
-        draw_token_similarity,
-        "how alike neighbouring tokens are, for each scale (figure 9)",
-    )
-    add_images(figure)
-    figure.add_argument("--model", metavar="DIR-OR-HUB-ID", help=MODEL_HELP)
-    figure.add_argument(
-        "--distance", type=positive, default=100, metavar="TOKENS", help="how far to look (default: %(default)s)"
-    )
-    add_device_options(figure)
-
-    figure = add_figure(
-        figures, "recalibration", draw_recalibration, "maps before and after token recalibration (figure 8)"
-    )
-    add_images(figure)
-    figure.add_argument("--model", metavar="DIR-OR-HUB-ID", help=MODEL_HELP)
-    add_device_options(figure)
-
-    figure = add_figure(figures, "cost-and-quality", draw_cost_and_quality, "GFLOPs against PQ (figure 10)")
-    figure.add_argument(
-        "results",
-        nargs="+",
-        metavar="FILE",
-        help="CSV or JSON with name, gflops and pq; also results.json of `proscale evaluate`",
-    )
-    figure.add_argument("--baseline", metavar="NAME", help="the model to compare with (default: the first)")
-    add_size(figure, required=False)
-
-    figure = add_figure(
-        figures, "panoptic-maps", draw_panoptic_maps, "panoptic maps of several models side by side (figures 6 and 11)"
-    )
-    add_images(figure)
-    figure.add_argument(
-        "--model",
-        action="append",
-        metavar="[LABEL=]MODEL",
-        help=f"{MODEL_HELP}; can be given several times; LABEL is what stands above the column",
-    )
-    add_device_options(figure)
-
-
-def add_figure(
-    figures: argparse._SubParsersAction, name: str, draw: Callable[[argparse.Namespace, Any], Any], text: str
-) -> argparse.ArgumentParser:
-    """Adds the command of one figure.
-
-    Args:
-        figures: where to.
-        name: of the figure.
-        draw: makes a Pillow image of the parsed command line, with the module of that name in `paper/figures`.
-        text: what the figure shows.
-    """
-    parser = figures.add_parser(name, help=text, description=f"Draw {text}.")
-    parser.add_argument("--output", required=True, metavar="FILE", help="the picture to write, such as figure.png")
-    parser.set_defaults(run=run_figure, draw=draw, module=name.replace("-", "_"))
-    return parser
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
@@ -111,14 +29,83 @@ def add_size(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--size", type=image_size, required=required, metavar="HxW", help=purpose)
 
 
-def run_figure(options: argparse.Namespace) -> None:
-    """Carries the subcommand out.
+def add_compute_distribution_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "configs",
+        nargs="+",
+        metavar="[LABEL=]MODEL",
+        help='a preset, a folder, a config.json, a Hub id, or "demo"; LABEL is what stands beside the bar',
+    )
+    add_size(parser, required=True)
+
+
+def add_token_similarity_options(parser: argparse.ArgumentParser) -> None:
+    add_images(parser)
+    parser.add_argument("--model", metavar="DIR-OR-HUB-ID", help=MODEL_HELP)
+    parser.add_argument(
+        "--distance", type=positive, default=100, metavar="TOKENS", help="how far to look (default: %(default)s)"
+    )
+    add_device_options(parser)
+
+
+def add_recalibration_options(parser: argparse.ArgumentParser) -> None:
+    add_images(parser)
+    parser.add_argument("--model", metavar="DIR-OR-HUB-ID", help=MODEL_HELP)
+    add_device_options(parser)
+
+
+def add_cost_and_quality_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "results",
+        nargs="+",
+        metavar="FILE",
+        help="CSV or JSON with name, gflops and pq; also results.json of `proscale evaluate`",
+    )
+    parser.add_argument("--baseline", metavar="NAME", help="the model to compare with (default: the first)")
+    add_size(parser, required=False)
+
+
+def add_panoptic_maps_options(parser: argparse.ArgumentParser) -> None:
+    add_images(parser)
+    parser.add_argument(
+        "--model",
+        action="append",
+        metavar="[LABEL=]MODEL",
+        help=f"{MODEL_HELP}; can be given several times; LABEL is what stands above the column",
+    )
+    add_device_options(parser)
+
+
+def figure_command(
+    name: str,
+    text: str,
+    add_options: Callable[[argparse.ArgumentParser], None],
+    draw: Callable[[argparse.Namespace, Any], Any],
+) -> Subcommand:
+    """The command of one figure.
 
     Args:
-        options: the parsed command line.
+        name: the figure's.
+        text: says what the figure shows.
+        add_options: adds its own arguments.
+        draw: makes a Pillow image of the parsed command line, with the module of that name in `paper/figures`.
+    """
 
-    Raises:
-        CommandError: anything that the user can mend.
+    def add_all_options(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--output", required=True, metavar="FILE", help="the picture to write, such as figure.png")
+        add_options(parser)
+
+    run = partial(draw_figure, draw, name.replace("-", "_"))
+    return Subcommand(name, help=text, description=f"Draw {text}.", add_options=add_all_options, run=run)
+
+
+def draw_figure(draw: Callable[[argparse.Namespace, Any], Any], module: str, options: argparse.Namespace) -> None:
+    """Draws a figure and writes it.
+
+    Args:
+        draw: see `figure_command`.
+        module: the figure's, in `paper/figures`.
+        options: the parsed command line.
     """
     from proscale_hf.files.whole import check_writable
     from proscale_hf.processing.pictures import check_picture_name, save_image
@@ -130,9 +117,9 @@ def run_figure(options: argparse.Namespace) -> None:
     if Path(options.output).resolve() in {Path(path).resolve() for path in read}:
         raise CommandError(f"{options.output} is read and to be written; give --output another name", exit_code=2)
     with needed_libraries("figures"):
-        figure = importlib.import_module(f"proscale_hf.paper.figures.{options.module}")
+        figure = importlib.import_module(f"proscale_hf.paper.figures.{module}")
     with needed_libraries("timm"):  # the backbone's
-        picture = options.draw(options, figure)
+        picture = draw(options, figure)
     with user_errors():
         save_image(picture, options.output)
     print(f"wrote {options.output}")
@@ -237,3 +224,40 @@ def working(message: str) -> Iterator[None]:
             yield
     except (RuntimeError, MemoryError) as error:  # torch says so when memory does not suffice
         raise CommandError(f"the model failed: {one_line(error)}") from error
+
+
+FIGURES = (
+    figure_command(
+        "compute-distribution",
+        "what backbone, encoder and mask decoder cost (figure 1)",
+        add_compute_distribution_options,
+        draw_compute_distribution,
+    ),
+    figure_command(
+        "token-similarity",
+        "how alike neighbouring tokens are, for each scale (figure 9)",
+        add_token_similarity_options,
+        draw_token_similarity,
+    ),
+    figure_command(
+        "recalibration",
+        "maps before and after token recalibration (figure 8)",
+        add_recalibration_options,
+        draw_recalibration,
+    ),
+    figure_command(
+        "cost-and-quality", "GFLOPs against PQ (figure 10)", add_cost_and_quality_options, draw_cost_and_quality
+    ),
+    figure_command(
+        "panoptic-maps",
+        "panoptic maps of several models side by side (figures 6 and 11)",
+        add_panoptic_maps_options,
+        draw_panoptic_maps,
+    ),
+)
+FIGURE = Subcommand(
+    name="figure",
+    help="draw an analysis of the paper",
+    description="Draw one of the paper's analyses. `proscale figure NAME --help` says more about each.",
+    add_options=lambda parser: parser.add_subcommands("NAME", FIGURES),
+)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from proscale_hf.cli.command_line import Subcommand
 from proscale_hf.cli.console import CommandError, progress, user_errors
 from proscale_hf.cli.dataset_options import add_dataset_options, open_chosen_dataset
 from proscale_hf.cli.numbers import natural, positive
@@ -14,14 +15,8 @@ from proscale_hf.cli.numbers import natural, positive
 OVERLAYS = 8
 
 
-def add_first_look_command(commands: argparse._SubParsersAction) -> None:
-    """Adds the subcommand to the `proscale` command."""
-    parser = commands.add_parser(
-        "first-look",
-        help="look through a data set",
-        description="Read a data set and print how often each class occurs, which images are empty, and which images "
-        "or annotations cannot be used. The exit status is 1 if there are any of the last kind.",
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the subcommand's arguments."""
     add_dataset_options(parser)
     parser.add_argument("--samples", type=positive, metavar="N", help="only the first N images")
     parser.add_argument(
@@ -32,18 +27,10 @@ def add_first_look_command(commands: argparse._SubParsersAction) -> None:
         "--overlays", type=positive, default=OVERLAYS, metavar="N", help="how many pictures (default: %(default)s)"
     )
     parser.add_argument("--json", metavar="FILE", help="also write all counts to a JSON file")
-    parser.set_defaults(run=run_first_look)
 
 
-def run_first_look(options: argparse.Namespace) -> None:
-    """Carries the subcommand out.
-
-    Args:
-        options: the parsed command line.
-
-    Raises:
-        CommandError: anything that the user can mend, such as images that cannot be used.
-    """
+def run(options: argparse.Namespace) -> None:
+    """Reads the data set, prints what it holds, and fails if an image cannot be used."""
     from proscale_hf.files.whole import check_writable, write_whole
 
     with progress("opening the data set"):
@@ -91,3 +78,13 @@ def draw_overlays(dataset: Any, number: int, folder: Path) -> int:
             save_image(picture, folder / f"{index:06d}_{Path(sample.file_name).stem}.png")
             drawn += 1
     return drawn
+
+
+FIRST_LOOK = Subcommand(
+    name="first-look",
+    help="look through a data set",
+    description="Read a data set and print how often each class occurs, which images are empty, and which images "
+    "or annotations cannot be used. The exit status is 1 if there are any of the last kind.",
+    add_options=add_options,
+    run=run,
+)

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from proscale_hf.cli.console import CommandError, user_errors
+from proscale_hf.cli.console import CommandError, quiet_libraries, user_errors
 
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
@@ -29,17 +29,12 @@ def load_model(name: str | None) -> tuple[Any, Any]:
         CommandError: it cannot be loaded, or its weights are incomplete or not numbers.
     """
     import torch
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
 
     import proscale_hf
     from proscale_hf.hub.auto_classes import image_processor_class
     from proscale_hf.hub.names import resolve
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()
-
+    quiet_libraries()
     source = str(DEMO_MODEL) if name is None else name
     is_folder = name is None or _is_folder(source)
     if is_folder:
@@ -109,10 +104,11 @@ def _check_folder(folder: Path) -> None:
 def _explain(source: str, is_folder: bool, error: Exception) -> str:
     from safetensors import SafetensorError
 
+    from proscale_hf.files.text import one_line
     from proscale_hf.hub.errors import explain
     from proscale_hf.hub.names import NotOnTheHubError
 
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300].rstrip(".")
+    reason = one_line(error)[:300].rstrip(".")
     if isinstance(error, SafetensorError):
         return f"the weights file in {source} is damaged or incomplete ({reason}); copy or download it again"
     if isinstance(error, NotOnTheHubError):
@@ -128,15 +124,11 @@ def load_config(name: str) -> Any:
     Raises:
         CommandError: there is none of that name.
     """
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging as transformers_logging
-
     from proscale_hf.files.text import one_line
     from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
     from proscale_hf.models.mask2former.presets import is_preset
 
-    hub_logging.set_verbosity_error()  # not each attempt to reach the Hub
-    transformers_logging.set_verbosity_error()  # nor that the type is another one, which is said below
+    quiet_libraries()  # about each attempt to reach the Hub, and the wrong type of a model, which is said below
     if not Path(name).exists():
         if is_preset(name):
             return ProScaleMask2FormerConfig.from_preset(name)

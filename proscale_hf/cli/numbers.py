@@ -1,13 +1,18 @@
-"""Whole numbers and sizes of images on the command line."""
+"""Numbers and sizes of images on the command line."""
 
 import argparse
 
 
-def natural(text: str) -> int:
-    """0 or more, from the command line."""
-    if not text.isdecimal() or int(text) > 10**9:
+def whole_number(text: str, lowest: int, highest: int) -> int:
+    """A whole number within bounds, from the command line."""
+    if not text.isdecimal() or not lowest <= int(text) <= highest:
         raise argparse.ArgumentTypeError(f"{text!r} is not a possible number")
     return int(text)
+
+
+def natural(text: str) -> int:
+    """0 or more, from the command line."""
+    return whole_number(text, 0, 10**9)
 
 
 def positive(text: str) -> int:
@@ -24,3 +29,11 @@ def image_size(text: str) -> tuple[int, int]:
     if not (height.isdecimal() and width.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH")
     return positive(height), positive(width)
+
+
+def input_size(text: str) -> tuple[int, int]:
+    """As `image_size`, for an image that a model is run on: sides of 32 to 8192 pixels."""
+    height, width = image_size(text)
+    if not (32 <= height <= 8192 and 32 <= width <= 8192):
+        raise argparse.ArgumentTypeError(f"{text!r} must have sides of 32 to 8192 pixels")
+    return height, width

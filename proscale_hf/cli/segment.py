@@ -6,23 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from proscale_hf.cli.command_line import Subcommand
 from proscale_hf.cli.console import CommandError, progress, user_errors
 from proscale_hf.cli.device import add_device_options, place_model
 from proscale_hf.cli.loading import load_model
+from proscale_hf.evaluation.agreement import TASKS
 
 
-TASKS = ("panoptic", "instance", "semantic")
 LONGEST_TABLE = 30  # rows
 LONGEST_NAME = 40  # characters
 
 
-def add_segment_command(commands: argparse._SubParsersAction) -> None:
-    """Adds the subcommand to the `proscale` command."""
-    parser = commands.add_parser(
-        "segment",
-        help="segment a photo",
-        description="Write a picture of the photo with masks, outlines, names and scores, and print what was found.",
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the subcommand's arguments."""
     parser.add_argument("photo", metavar="PHOTO", help="an image file")
     parser.add_argument(
         "--model",
@@ -40,18 +36,10 @@ def add_segment_command(commands: argparse._SubParsersAction) -> None:
         help="also write class, the data set's id of it, score, area, box and mask (COCO's encoding) of each segment",
     )
     add_device_options(parser)
-    parser.set_defaults(run=run_segment)
 
 
-def run_segment(options: argparse.Namespace) -> None:
-    """Carries the subcommand out.
-
-    Args:
-        options: the parsed command line.
-
-    Raises:
-        CommandError: anything that the user can mend.
-    """
+def run(options: argparse.Namespace) -> None:
+    """Segments the photo, and writes the picture, and JSON if asked for."""
     from proscale_hf.files.whole import check_writable, write_whole
     from proscale_hf.processing.pictures import check_picture_name, load_image, save_image
     from proscale_hf.visualization import draw_segments
@@ -99,6 +87,7 @@ def segment_image(image: Any, model: Any, processor: Any, task: str) -> list[Any
     """
     import torch
 
+    from proscale_hf.files.text import one_line
     from proscale_hf.visualization import segments_from_label_map, segments_from_result
 
     try:
@@ -106,8 +95,8 @@ def segment_image(image: Any, model: Any, processor: Any, task: str) -> list[Any
         with torch.inference_mode():
             outputs = model(**inputs)
     except (RuntimeError, MemoryError) as error:  # torch says so when memory does not suffice
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CommandError(f"the model failed on this {image.width} x {image.height} image: {reason[:200]}") from error
+        size = f"{image.width} x {image.height}"
+        raise CommandError(f"the model failed on this {size} image: {one_line(error)[:200]}") from error
     sizes = {"target_sizes": [(image.height, image.width)]}
     names, stuff = model.config.id2label, set(processor.label_ids_to_fuse)
     if task == "semantic":
@@ -179,3 +168,12 @@ def print_table(segments: list[Any], pixels: int) -> None:
         print(f"{name:<{width}}  {score}  {segment.area / pixels:6.1%} of the picture")
     if len(segments) > LONGEST_TABLE:
         print(f"and {len(segments) - LONGEST_TABLE} more")
+
+
+SEGMENT = Subcommand(
+    name="segment",
+    help="segment a photo",
+    description="Write a picture of the photo with masks, outlines, names and scores, and print what was found.",
+    add_options=add_options,
+    run=run,
+)

@@ -1,10 +1,9 @@
 """Converts a detectron2 checkpoint of Mask2Former or PRO-SCALE into a folder for `from_pretrained`.
 
-Usage: `python -m convert.detectron2 --config FILE.yaml --checkpoint FILE.pth --output FOLDER`
+Usage: `proscale convert detectron2 --config FILE.yaml --checkpoint FILE.pth --output FOLDER`
 """
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from proscale_hf.convert import ConversionError
 from proscale_hf.convert.backbone import check_training_conditions, rename_backbone
-from proscale_hf.convert.command_line import add_output_options, given_categories, run_command
 from proscale_hf.convert.detectron2_config import (
     Detectron2Config,
     dataset_of,
@@ -23,6 +21,7 @@ from proscale_hf.convert.detectron2_config import (
     reads_bgr,
 )
 from proscale_hf.convert.model_building import build_model, expected_tensors, to_float32
+from proscale_hf.convert.options import add_output_options, given_categories
 from proscale_hf.convert.output import check_output, check_shard_size, write_model_folder
 from proscale_hf.convert.publishing import add_publishing_options, check_publishing, publish
 from proscale_hf.convert.rename import IMAGE_CONVOLUTION, rename_state_dict
@@ -103,9 +102,8 @@ def known_categories(config: Detectron2Config) -> list[dict[str, Any]] | None:
     return categories if len(categories) == config["MODEL.SEM_SEG_HEAD.NUM_CLASSES"] else None
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m convert.detectron2", description=__doc__.splitlines()[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the converter's arguments."""
     parser.add_argument("--config", type=Path, required=True, help="the YAML file it was trained with")
     parser.add_argument("--checkpoint", type=Path, required=True, help="the .pth or .pkl file")
     add_output_options(parser)
@@ -127,12 +125,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--tolerance", type=float, default=1e-4, help="largest error for --expected, relative (default: %(default)s)"
     )
     add_publishing_options(parser)
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command(run, build_parser().parse_args(arguments))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -183,7 +175,3 @@ def summary(
 def shortened(names: Sequence[str], length: int = 5) -> str:
     """The first few names."""
     return ", ".join(names[:length]) + (", ..." if len(names) > length else "")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

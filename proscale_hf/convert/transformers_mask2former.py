@@ -1,6 +1,6 @@
 """Converts a Mask2Former model of transformers into a folder for `from_pretrained`: as it is, or with another encoder.
 
-Usage: `python -m convert.transformers_mask2former --model FOLDER-OR-ID --output FOLDER
+Usage: `proscale convert transformers-mask2former --model FOLDER-OR-ID --output FOLDER
 [--encoder proscale --encoder-stage-layers 3,3,3]`
 
 Tensors have the same names in both, so every tensor that the new model has too is taken over. The early stages of the
@@ -10,7 +10,6 @@ PRO-SCALE encoder attend only to the coarser maps, and take over the parts for t
 import argparse
 import dataclasses
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -36,8 +35,8 @@ from transformers.utils import (
 )
 
 from proscale_hf.convert import ConversionError
-from proscale_hf.convert.command_line import add_output_options, given_categories, run_command
 from proscale_hf.convert.model_building import build_model, expected_tensors
+from proscale_hf.convert.options import add_output_options, given_categories
 from proscale_hf.convert.output import check_output, check_shard_size, write_model_folder
 from proscale_hf.data.categories import CATEGORY_SETS, load_categories
 from proscale_hf.hub.auto_classes import image_processor_class
@@ -319,11 +318,8 @@ def _image_processor(settings: Mapping[str, Any], categories: Sequence[Mapping[s
         raise ConversionError(f"{IMAGE_PROCESSOR_NAME} has impossible settings: {_one_line(error)}.") from error
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m convert.transformers_mask2former", description=__doc__.splitlines()[0]
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the converter's arguments."""
     parser.add_argument("--model", required=True, metavar="FOLDER-OR-ID", help="a folder, or an id on the Hub")
     add_output_options(parser)
     parser.add_argument(
@@ -351,17 +347,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="with another encoder than mask2former; conv keeps Mask2Former's convolution and its weights "
         f"(default: {defaults.pixel_embedding})",
     )
-    return parser
 
 
 def stage_layers(text: str) -> tuple[int, ...]:
     """Reads "3,3,3"."""
     return tuple(int(part) for part in text.split(","))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run_command(run, build_parser().parse_args(arguments))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -460,7 +450,3 @@ def _some(names: Iterable[str]) -> str:
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())[:300].rstrip(".")
     return f"{type(error).__name__}: {text}" if isinstance(error, KeyError) or not text else text
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from proscale_hf import ProScaleMask2FormerForUniversalSegmentation
+from proscale_hf.cli.convert import main as convert
 from proscale_hf.convert import ConversionError
-from proscale_hf.convert.detectron2 import convert_checkpoint, main
+from proscale_hf.convert.detectron2 import convert_checkpoint
 from proscale_hf.convert.rename import target_names
 
 
+main = partial(convert, "detectron2")
 LABELS, QUERIES, CHANNELS, HIDDEN, FEEDFORWARD = 5, 6, 32, 48, 24
 STAGES = ["res2", "res3", "res4", "res5"]
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,12 +30,14 @@ from helpers import TINY_RESNET, TINY_SWIN, labels, pixels
 from hub_server import HubServer
 from paths import ROOT
 from proscale_hf import ProScaleMask2FormerForUniversalSegmentation, ProScaleMask2FormerImageProcessorPil
+from proscale_hf.cli.convert import main as convert
 from proscale_hf.convert import ConversionError
-from proscale_hf.convert.transformers_mask2former import convert_model, grouped, main
+from proscale_hf.convert.transformers_mask2former import convert_model, grouped
 from proscale_hf.data.categories import load_categories
 from proscale_hf.layers.deformable_encoder import TokenGrid
 
 
+main = partial(convert, "transformers-mask2former")
 SMALL = {
     "feature_size": 32,
     "mask_feature_size": 16,
@@ -559,8 +562,9 @@ def test_models_on_the_hub(saved, tmp_path):
     torch.save(saved[0].state_dict(), tmp_path / "weights.bin")
     pickled["pytorch_model.bin"] = (tmp_path / "weights.bin").read_bytes()
     script = (
-        "import sys; from proscale_hf.convert.transformers_mask2former import main;"
-        "sys.exit(sum(main(['--model', name, '--output', sys.argv[1] + name[-1]]) for name in sys.argv[2:]))"
+        "import sys; from proscale_hf.cli.convert import main; source = 'transformers-mask2former';"
+        "runs = [['--model', name, '--output', sys.argv[1] + name[-1]] for name in sys.argv[2:]];"
+        "sys.exit(sum(main(source, run) for run in runs))"
     )
     with HubServer() as hub:
         hub.create("us/model-1", files)
