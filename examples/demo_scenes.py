@@ -15,15 +15,16 @@ writes `images/*.png`, `panoptic/*.png` and `panoptic.json` in the COCO-panoptic
 import argparse
 import colorsys
 import json
-import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from proscale_hf.files.whole import folder_written_whole
+from proscale_hf.processing.segment_ids import encode_ids
 
 
 try:
@@ -265,19 +266,10 @@ def write_scenes(scenes: DemoScenes, output: Path) -> None:
     """Write the scenes as PNG and COCO-panoptic JSON; the folder appears only when it is complete.
 
     Raises:
-        FileExistsError: `output` is there already.
+        ValueError: `output` is there already and not empty, or cannot be made.
     """
-    if output.exists():
-        raise FileExistsError(f"{output} is there already: choose another folder, or remove it first.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
+    with folder_written_whole(output) as unfinished:
         write_coco_panoptic(scenes, unfinished)
-        unfinished.chmod(0o755)
-        unfinished.rename(output)
-    except BaseException:
-        shutil.rmtree(unfinished)
-        raise
 
 
 def write_coco_panoptic(scenes: DemoScenes, folder: Path) -> None:
@@ -287,9 +279,7 @@ def write_coco_panoptic(scenes: DemoScenes, folder: Path) -> None:
     for image_id, scene in enumerate(scenes):
         file_name = f"{image_id:06d}.png"
         scene.image.save(folder / "images" / file_name)
-        # COCO-panoptic keeps the id in base 256: red + 256 green + 65536 blue.
-        id_bytes = scene.segment_ids.astype("<u4")[..., None].view(np.uint8)  # (height, width, 4)
-        Image.fromarray(id_bytes[..., :3]).save(folder / "panoptic" / file_name)
+        Image.fromarray(encode_ids(scene.segment_ids)).save(folder / "panoptic" / file_name)
         size = {"height": scene.image.height, "width": scene.image.width}
         images.append({"id": image_id, "file_name": file_name, **size})
         annotations.append({"image_id": image_id, "file_name": file_name, "segments_info": scene.segments_info})

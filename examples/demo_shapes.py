@@ -8,13 +8,13 @@ writes `train/*.png`, `train.json`, `val/*.png` and `val.json`. A picture depend
 import argparse
 import json
 import math
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from proscale_hf.files.whole import folder_written_whole
 
 
 CORNERS = {"triangle": 3, "square": 4, "disc": 24}
@@ -73,18 +73,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to create")
     parser.add_argument("--number", type=int, default=200, help="pictures to train on; a tenth more to validate on")
     arguments = parser.parse_args()
-    if arguments.output.exists():
-        sys.exit(f"error: {arguments.output} is there already: choose another folder, or remove it first")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{arguments.output.name}-", dir=arguments.output.parent))
     try:
-        write_split(unfinished, "train", arguments.number)
-        write_split(unfinished, "val", max(1, arguments.number // 10))
-        unfinished.chmod(0o755)
-        unfinished.rename(arguments.output)
-    except BaseException:
-        shutil.rmtree(unfinished)
-        raise
+        with folder_written_whole(arguments.output) as unfinished:
+            write_split(unfinished, "train", arguments.number)
+            write_split(unfinished, "val", max(1, arguments.number // 10))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

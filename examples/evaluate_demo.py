@@ -17,6 +17,7 @@ import proscale_hf
 from demo_scenes import SPLITS, STUFF_LABEL_IDS, THING_LABEL_IDS, DemoScenes
 from proscale_hf import ProScaleMask2FormerImageProcessorPil
 from proscale_hf.evaluation.panoptic_quality import PanopticQuality
+from proscale_hf.files.text import one_line
 from proscale_hf.processing.segment_ids import VOID_ID
 
 
@@ -67,7 +68,7 @@ def main() -> None:
         image_processor = ProScaleMask2FormerImageProcessorPil.from_pretrained(arguments.model)
         scenes = DemoScenes(arguments.number, arguments.split, arguments.seed)
     except (OSError, ValueError) as error:
-        sys.exit(f"error: cannot evaluate {arguments.model}: {str(error).splitlines()[0]}")
+        sys.exit(f"error: cannot evaluate {arguments.model}: {one_line(error)}")
     quality = measure_panoptic_quality(model, image_processor, scenes)
     print(json.dumps(quality, indent=1) if arguments.json else format_table(quality))
 

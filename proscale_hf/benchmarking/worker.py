@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from proscale_hf.benchmarking.workload import Candidate, Workload
+from proscale_hf.files.text import one_line
 
 
 SAMPLING_INTERVAL = 0.002  # seconds between two looks at the process's memory
@@ -48,7 +49,7 @@ def work(candidate: Candidate, workload: Workload, connection: Connection) -> No
     except EOFError:  # the benchmark is over
         return
     except Exception as error:  # anything may be missing on this machine; the parent names it
-        connection.send(next(iter(str(error).strip().splitlines()), type(error).__name__))
+        connection.send(one_line(error))
 
 
 def prepare(candidate: Candidate, workload: Workload) -> Callable[[bool], Step]:

@@ -4,8 +4,10 @@ import argparse
 import contextlib
 import importlib
 import os
+import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,10 @@ from proscale_hf.cli.numbers import natural, positive
 from proscale_hf.evaluation.agreement import TASKS
 
 
+# Options that say nothing about stored predictions.
+OF_MODELS = ("model", "dataset", "dataset_settings", "tasks", "instance_annotations", "samples", "save_predictions")
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's arguments."""
     parser.add_argument(
@@ -25,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR-OR-HUB-ID",
         help="a folder, a Hub id or a short name (default: the small demo model that comes with the package)",
     )
-    add_dataset_options(parser)
+    add_dataset_options(parser, required=False)
     parser.add_argument(
         "--on-error",
         choices=("raise", "skip"),
@@ -48,9 +54,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=positive, metavar="N", help="only the first N images")
     parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images at a time (default: 1)")
     parser.add_argument(
-        "--workers", type=natural, default=2, metavar="N", help="processes that read images (default: 2)"
+        "--workers",
+        type=natural,
+        metavar="N",
+        help="processes that read images (default: 2, and with --predictions one per core)",
     )
     add_device_options(parser)
+    stored = parser.add_argument_group(
+        "stored predictions",
+        "Files in COCO-panoptic format, instead of a model and a data set.",
+    )
+    stored.add_argument(
+        "--predictions",
+        nargs="+",
+        type=Path,
+        metavar=("JSON", "FOLDER"),
+        help="what is measured: a JSON file, and its folder of PNG files (default: the file's name without .json)",
+    )
+    stored.add_argument("--truth", nargs="+", type=Path, metavar=("JSON", "FOLDER"), help="the truth, in the same way")
 
 
 def task_list(text: str) -> list[str]:
@@ -62,7 +83,48 @@ def task_list(text: str) -> list[str]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measures a model or stored predictions, in each process if `accelerate launch` started several."""
+    """Measures a model, or stored predictions."""
+    if options.predictions is None and options.truth is None:
+        evaluate_model(options)
+    else:
+        evaluate_stored_predictions(options)
+
+
+def evaluate_stored_predictions(options: argparse.Namespace) -> None:
+    """Measures files against files."""
+    from proscale_hf.evaluation.panoptic_files import evaluate_files
+    from proscale_hf.evaluation.report import to_markdown, write_report
+    from proscale_hf.files.whole import check_new_folder, folder_written_whole
+
+    if options.predictions is None or options.truth is None:
+        raise CommandError("--predictions and --truth belong together: give both", exit_code=2)
+    if given := [name for name in OF_MODELS if getattr(options, name)]:
+        option = "set" if given[0] == "dataset_settings" else given[0].replace("_", "-")
+        raise CommandError(f"--{option} is for models; --predictions are files, and do without", exit_code=2)
+    files = (*json_and_folder("--truth", options.truth), *json_and_folder("--predictions", options.predictions))
+    if options.output is not None:
+        with user_errors(exit_code=2):
+            check_new_folder(Path(options.output))
+    processes = None if options.workers is None else max(1, options.workers)
+    with progress("measuring the predictions"), user_errors():
+        report = {**describe_files(options), **evaluate_files(*files, processes)}
+        if options.output is not None:
+            with folder_written_whole(Path(options.output)) as folder:
+                write_report(report, folder)
+    print(to_markdown(report), end="")
+
+
+def json_and_folder(option: str, paths: Sequence[Path]) -> tuple[Path, Path]:
+    """A JSON file and its folder of PNG files, which has the file's name without the ending if it is not given."""
+    if len(paths) > 2:
+        raise CommandError(f"{option} takes a JSON file and a folder, not {len(paths)} names", exit_code=2)
+    return (paths[0], paths[0].with_suffix("")) if len(paths) == 1 else (paths[0], paths[1])
+
+
+def evaluate_model(options: argparse.Namespace) -> None:
+    """Runs a model over a data set, in each process if `accelerate launch` started several."""
+    if options.dataset is None:
+        raise CommandError("give --dataset, or --predictions and --truth (see proscale evaluate --help)", exit_code=2)
     if options.save_predictions and options.output is None:
         raise CommandError("--save-predictions needs --output, the folder to put them into", exit_code=2)
     with needed_libraries():
@@ -136,7 +198,7 @@ def measure(
                 image_processor,
                 dataset,
                 batch_size=options.batch_size,
-                workers=options.workers,
+                workers=2 if options.workers is None else options.workers,
                 accelerator=accelerator,
                 files=files,
                 show_progress=True,
@@ -156,15 +218,30 @@ def measure(
     return report
 
 
+def command() -> str:
+    """The command line of this process."""
+    words = sys.argv[2:] if sys.argv[1:2] == ["evaluate"] else sys.argv[1:]  # without it: examples/evaluate.py
+    return shlex.join(("proscale", "evaluate", *words))
+
+
+def describe_files(options: argparse.Namespace) -> dict[str, Any]:
+    """What the numbers of stored predictions depend on."""
+    import numpy as np
+
+    from proscale_hf import __version__
+
+    versions = {"python": platform.python_version(), "numpy": np.__version__, "proscale_hf": __version__}
+    return {"command": command(), "model": str(options.predictions[0]), "versions": versions}
+
+
 def describe(options: argparse.Namespace, model: Any, dataset: Any, accelerator: Any) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """What the numbers of a model depend on."""
     from proscale_hf import __version__
     from proscale_hf.benchmarking.tables import versions
 
-    words = sys.argv[2:] if sys.argv[1:2] == ["evaluate"] else sys.argv[1:]  # without it: examples/evaluate.py
     processes = {} if accelerator is None else {"processes": str(accelerator.num_processes)}
     return {
-        "command": shlex.join(("proscale", "evaluate", *words)),
+        "command": command(),
         "model": options.model or "demo",
         "versions": {**versions(model.device), **processes, "proscale_hf": __version__},
         "categories": dataset.categories,
@@ -175,7 +252,7 @@ EVALUATE = Subcommand(
     name="evaluate",
     help="measure a model on a data set",
     description="Print panoptic quality (PQ, SQ, RQ), mask AP of the things and mean IoU of a model as a Markdown "
-    "table, all measured in one pass over a data set.",
+    "table, all measured in one pass over a data set; or the panoptic quality of predictions that lie in files.",
     add_options=add_options,
     run=run,
 )

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from proscale_hf.files.text import one_line
 from proscale_hf.hub.names import HUB_NAMESPACE
 
 
@@ -79,7 +80,7 @@ def use_kernel(model: nn.Module, device: torch.device, kernel_config: Any = None
                 for module in modules_named(model, FUSED_LAYER if FUSED_LAYER in layers else LAYER):
                     kernelize(module, mode=Mode.TRAINING, device=device_type)
         except Exception as error:  # no network, no such repository, no build for this PyTorch: each has its own type
-            failures.append(f"{name}: {next(iter(str(error).strip().splitlines()), type(error).__name__)}")
+            failures.append(f"{name}: {one_line(error)}")
         else:
             logger.info(f"Deformable attention runs in the kernel {name}.")
             return name

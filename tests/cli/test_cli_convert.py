@@ -1,6 +1,7 @@
 """`proscale convert` and `python -m convert`: the same converters, light until one of them is chosen."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -41,11 +42,13 @@ def test_both_helps_say_the_same_under_their_own_names(capsys, source):
 
 
 @pytest.mark.parametrize("script", ["detectron2", "transformers_mask2former"])
-def test_script_of_a_clone(script):
-    command = [sys.executable, "-m", f"convert.{script}", "--output", "nowhere"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and f"(see python -m convert.{script} --help)" in done.stderr
+def test_script_of_a_clone(script, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"convert/{script}.py", "--output", "nowhere"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "convert" / f"{script}.py"), run_name="__main__")
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"(see python -m convert.{script} --help)" in error
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["evaluate", "--help"], ["figure", "--help"]])

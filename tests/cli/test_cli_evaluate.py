@@ -12,7 +12,7 @@ import torch
 
 from evaluation_data import CATEGORIES, ID2LABEL, STUFF, instance_json, options_of, write_set
 from helpers import tiny_model
-from paths import ROOT
+from paths import FIXTURES, ROOT
 from proscale_hf import ProScaleMask2FormerImageProcessorPil
 from proscale_hf.cli import console, main
 
@@ -170,6 +170,78 @@ class TestWhatCannotBe:
         monkeypatch.delitem(sys.modules, "proscale_hf.evaluation.coco_files")
         monkeypatch.setitem(sys.modules, "pycocotools", None)
         assert 'pip install "proscale-hf[evaluate]"' in fails(capsys, command)
+
+
+class TestStoredPredictions:
+    """The panoptic quality of files, without a model; the fixture's numbers are the reference's."""
+
+    TRUTH, PREDICTION = (str(FIXTURES / "panoptic_quality" / f"panoptic_{kind}.json") for kind in ("gt", "pred"))
+    command = ("evaluate", "--predictions", PREDICTION, "--truth", TRUTH)
+
+    @pytest.fixture(autouse=True)
+    def here(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(console, "PATIENCE", 600.0)
+
+    def test_the_numbers_of_the_reference(self, capsys):
+        assert main([*self.command, "--output", "out", "--workers", "0"]) == 0
+        report = json.loads(Path("out/results.json").read_text())
+        expected = json.loads((FIXTURES / "panoptic_quality" / "expected.json").read_text())
+        for group in ("All", "Things", "Stuff"):
+            assert report["panoptic"][group] == pytest.approx(expected[group], abs=1e-12)
+        assert (report["model"], report["images"], report["skipped"]) == (self.PREDICTION, 12, [])
+        assert {"python", "numpy", "proscale_hf"} == set(report["versions"])
+        printed = capsys.readouterr()
+        assert printed.out == Path("out/results.md").read_text() and printed.err == ""
+        assert "| model | PQ | SQ | RQ | PQ things | PQ stuff | images | images/s |" in printed.out
+        assert f"| {100 * expected['All']['pq']:.1f} |" in printed.out
+
+    def test_folders_of_other_names(self, capsys):
+        folders = [Path(json_file).with_suffix("") for json_file in (self.PREDICTION, self.TRUTH)]
+        for name, folder in zip(("found", "true"), folders, strict=True):
+            Path(name).symlink_to(folder)
+        truth, prediction = [self.TRUTH, "true"], [self.PREDICTION, "found"]
+        assert main(["evaluate", "--predictions", *prediction, "--truth", *truth, "--workers", "1"]) == 0
+        assert "| 47.5 |" in capsys.readouterr().out
+
+    def test_what_a_model_left_is_measured_as_the_model_was(self, command):
+        """`command` works in a folder of its own."""
+        assert main([*command, "--output", "out", "--save-predictions", "--tasks", "panoptic"]) == 0
+        stored = ["--predictions", "out/panoptic.json", "--truth", "set/panoptic.json", "set/maps"]
+        assert main(["evaluate", *stored, "--output", "again", "--workers", "0"]) == 0
+        results = [json.loads(Path(name, "results.json").read_text())["panoptic"] for name in ("out", "again")]
+        assert results[0] == results[1]
+
+    @pytest.mark.parametrize(
+        ("arguments", "hint"),
+        [
+            (["--predictions", "a.json"], "--truth"),
+            (["--truth", "a.json"], "--predictions"),
+            (["--predictions", "a", "b", "c", "--truth", "a"], "--predictions takes a JSON file and a folder"),
+            (["--predictions", "a", "--truth", "b", "--model", "m"], "--model is for models"),
+            (["--predictions", "a", "--truth", "b", "--set", "root=x"], "--set is for models"),
+            (["--predictions", "a", "--truth", "b", "--output", "file"], "is there already"),
+            ([], "--dataset"),
+        ],
+    )
+    def test_wrong_command_lines(self, capsys, arguments, hint):
+        Path("file").touch()
+        assert hint in fails(capsys, ["evaluate", *arguments], exit_code=2)
+
+    def test_bad_files_are_one_line(self, capsys):
+        Path("bad.json").write_text("{")
+        line = fails(capsys, ["evaluate", "--predictions", "bad.json", "--truth", self.TRUTH, "--output", "out"])
+        assert "bad.json is not a JSON file" in line
+
+    def test_neither_torch_nor_datasets_is_imported(self):
+        code = (
+            "import sys\n"
+            "from proscale_hf.cli import main\n"
+            f"assert main({[*self.command, '--workers', '1']}) == 0\n"
+            "assert not {'torch', 'datasets', 'pycocotools'} & set(sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def launch(arguments: list[str], processes: int) -> None:

@@ -128,11 +128,12 @@ def test_written_set_is_coco_panoptic(tmp_path):
 
 
 def test_existing_folder_is_left_alone(tmp_path):
+    (tmp_path / "mine").touch()
     finished = run_command("--output", tmp_path, "--number", 1)
     assert finished.returncode != 0
     assert "is there already" in finished.stderr
     assert len(finished.stderr.splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine"]
 
 
 def test_nothing_half_written_stays(tmp_path, monkeypatch):
