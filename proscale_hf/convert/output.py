@@ -2,7 +2,6 @@
 
 import os
 import re
-import tempfile
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from proscale_hf.convert import ConversionError
+from proscale_hf.files.whole import folder_written_whole
 
 
 def check_output(output: str | Path) -> None:
@@ -47,9 +47,6 @@ def write_model_folder(
     """
     Write a model and its image processor into a new folder, completely or not at all.
 
-    The files are first written into a hidden folder beside the new one, which is then renamed. Renaming replaces only
-    an empty folder, and does not follow a link.
-
     Args:
         model: Its `save_pretrained` writes into the folder.
         image_processor: Likewise.
@@ -62,19 +59,16 @@ def write_model_folder(
     check_shard_size(max_shard_size)
     check_output(output)
     output = _absolute(output)
-    base = _existing_folder_above(output)
-    new_part = output.relative_to(base)
     try:
-        with tempfile.TemporaryDirectory(dir=base, prefix=f".{output.name[:100]}.") as workspace:
-            folder = Path(workspace) / new_part
+        with folder_written_whole(output) as folder:
             model.save_pretrained(folder, max_shard_size=max_shard_size)
             image_processor.save_pretrained(folder)
-            _give_usual_permissions(folder)
-            (Path(workspace) / new_part.parts[0]).rename(base / new_part.parts[0])
     except OSError as error:
         raise ConversionError(f"{output} cannot be written: {error.strerror or error}.") from error
     except SafetensorError as error:
         raise ConversionError(f"{output} cannot be written: {error}.") from error
+    except ValueError as error:
+        raise ConversionError(f"{error}.") from error
 
 
 def _absolute(path: str | Path) -> Path:
@@ -83,14 +77,3 @@ def _absolute(path: str | Path) -> Path:
 
 def _existing_folder_above(path: Path) -> Path:
     return next(folder for folder in path.parents if folder.exists())
-
-
-def _give_usual_permissions(folder: Path) -> None:
-    """Give all files the permissions of a new file; some writers make files that only their owner can read."""
-    probe = folder / ".permissions"
-    probe.touch()
-    usual = probe.stat().st_mode
-    probe.unlink()
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.chmod(usual)

@@ -31,10 +31,11 @@ def check_new_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def folder_written_whole(folder: Path, accelerator: Any = None) -> Iterator[Path]:
-    """A temporary folder that gets its name when all is written, and is removed when that fails.
+    """A hidden folder that gets its name when all is written. When that fails, it is removed, and so are folders above
+    it that were made for it.
 
     Args:
-        folder: where the finished folder goes.
+        folder: where the finished folder goes; with the usual permissions of a new folder.
         accelerator: if several processes write into the folder; each must call this.
 
     Raises:
@@ -42,11 +43,12 @@ def folder_written_whole(folder: Path, accelerator: Any = None) -> Iterator[Path
     """
     check_new_folder(folder)
     is_main = accelerator is None or accelerator.is_main_process
+    new_parents = [parent for parent in folder.absolute().parents if not parent.exists()]
     names = [""]
     if is_main:
         with writing(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            names = [tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent)]
+            names = [tempfile.mkdtemp(prefix=f".{folder.name[:100]}-", dir=folder.parent)]
     if accelerator is not None:
         from accelerate.utils import broadcast_object_list
 
@@ -56,11 +58,26 @@ def folder_written_whole(folder: Path, accelerator: Any = None) -> Iterator[Path
         yield unfinished
         if is_main:
             with writing(folder):
-                unfinished.chmod(0o755)
+                give_usual_permissions(unfinished)
                 unfinished.rename(folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
+        for parent in new_parents:
+            with contextlib.suppress(OSError):  # another process has put something there
+                parent.rmdir()
         raise
+
+
+def give_usual_permissions(folder: Path) -> None:
+    """Gives a folder and all in it the permissions of new ones: some libraries make files for their owner alone."""
+    probe = folder / ".permissions"
+    probe.mkdir()
+    usual_folder = probe.stat().st_mode
+    usual_file = usual_folder & ~0o111
+    probe.rmdir()
+    folder.chmod(usual_folder)
+    for path in folder.rglob("*"):
+        path.chmod(usual_folder if path.is_dir() else usual_file)
 
 
 def check_writable(path: str | os.PathLike) -> None:

@@ -376,7 +376,7 @@ def test_module_and_help():
         "import runpy, sys; sys.argv = ['proscale', 'segment', '--help']\n"
         "try: runpy.run_module('proscale_hf', run_name='__main__')\n"
         "except SystemExit as end: assert not end.code\n"
-        "assert not [n for n in sys.modules if n.startswith(('torchvision', 'proscale_hf.modeling'))]"
+        "assert not [n for n in sys.modules if n.startswith(('torchvision', 'proscale_hf.models'))]"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--task {panoptic,instance,semantic}" in result.stdout

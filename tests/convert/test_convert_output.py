@@ -143,7 +143,7 @@ def test_what_appears_in_the_meantime_stays(tmp_path, monkeypatch, kind):
             (output / "file").write_text("x")
 
     monkeypatch.setattr(ProScaleMask2FormerImageProcessorPil, "save_pretrained", save)
-    with pytest.raises(ConversionError, match="output cannot be written"):
+    with pytest.raises(ConversionError, match=r"cannot write .*output: "):
         write(output)
     assert not everything_in(elsewhere)
     assert everything_in(tmp_path) == [elsewhere, output] + ([output / "file"] if kind == "folder" else [])

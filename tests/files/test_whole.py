@@ -21,6 +21,14 @@ def test_nothing_is_left_of_a_failure(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_folders_above_are_removed_if_they_are_new_and_empty(tmp_path):
+    (tmp_path / "old").mkdir()
+    with pytest.raises(OSError, match="full"), folder_written_whole(tmp_path / "old" / "a" / "b" / "output"):
+        (tmp_path / "old" / "a" / "mine").touch()
+        raise OSError("full")
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "old", tmp_path / "old" / "a", tmp_path / "old" / "a" / "mine"]
+
+
 def test_what_is_there_stays(tmp_path):
     (tmp_path / "empty").mkdir()
     check_new_folder(tmp_path / "empty")
