@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from proscale_hf.backbones.presets import BACKBONES
 from proscale_hf.cli.command_line import Subcommand
 from proscale_hf.cli.console import CommandError, needed_libraries, user_errors
 from proscale_hf.cli.device import add_device_options, place_model
@@ -21,7 +20,7 @@ LONGEST_TABLE = 20  # rows
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's arguments."""
-    from proscale_hf.models.mask2former.presets import BACKBONES
+    from proscale_hf.backbones.presets import BACKBONES
 
     parser.add_argument("--gflops", type=budget, metavar="N", help="of one image, counted as in the papers")
     parser.add_argument("--milliseconds", type=budget, metavar="N", help="of a forward pass with one image, here")

@@ -228,7 +228,7 @@ def describe_files(options: argparse.Namespace) -> dict[str, Any]:
     """What the numbers of stored predictions depend on."""
     import numpy as np
 
-    from proscale_hf import __version__
+    from proscale_hf.version import __version__
 
     versions = {"python": platform.python_version(), "numpy": np.__version__, "proscale_hf": __version__}
     return {"command": command(), "model": str(options.predictions[0]), "versions": versions}
@@ -236,8 +236,8 @@ def describe_files(options: argparse.Namespace) -> dict[str, Any]:
 
 def describe(options: argparse.Namespace, model: Any, dataset: Any, accelerator: Any) -> dict[str, Any]:
     """What the numbers of a model depend on."""
-    from proscale_hf import __version__
     from proscale_hf.benchmarking.tables import versions
+    from proscale_hf.version import __version__
 
     processes = {} if accelerator is None else {"processes": str(accelerator.num_processes)}
     return {

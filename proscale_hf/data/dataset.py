@@ -42,11 +42,11 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from transformers.utils import logging
 
-from proscale_hf import __version__
 from proscale_hf.data.categories import CATEGORY_SETS, load_categories, read_categories
 from proscale_hf.data.sample import Sample, SampleError
 from proscale_hf.files.text import few, one_line
 from proscale_hf.processing.categories import check_categories
+from proscale_hf.version import __version__
 from proscale_hf.visualization import segment_color
 
 
