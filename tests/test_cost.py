@@ -10,8 +10,9 @@ import proscale_hf.layers.ms_deform_attn as ms_deform_attn
 from helpers import FOUR_LEVELS, TINY_RESNET, pixels, tiny_config, tiny_model
 from proscale_hf import ProScaleMask2FormerConfig
 from proscale_hf.backbones.presets import SWIN_TINY
-from proscale_hf.cost import _measure, measure_cost
+from proscale_hf.cost import measure_cost
 from proscale_hf.encoders.choice import ENCODER_CLASSES
+from proscale_hf.models.mask2former.cost import _measure
 
 
 RESNET50 = {

@@ -1,119 +1,121 @@
 """Makes `AutoConfig`, `AutoModel...`, `AutoImageProcessor` and pipelines find the classes of this package.
 
 `import proscale_hf` should stay light, so nothing is registered before transformers' own module for it is imported, and
-then right after. Models are registered by stand-ins that load the class on first use, since transformers' base classes
-import torchvision. Image processors must be registered as real classes; transformers' module for them imports
-torchvision anyway.
+then right after. A model's class is loaded when it is first read from transformers' mapping, since transformers' base
+classes import torchvision. Image processors are loaded at once: transformers' module for them imports torchvision
+anyway.
 """
 
 import importlib
 import importlib.abc
 import importlib.util
 import sys
+from collections import UserDict
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
+
+from proscale_hf.hub.families import FAMILIES, Family
+
+
+AUTO_MODULES = "transformers.models.auto"
 
 
 def register_with_auto_classes() -> None:
-    """Register configuration, models and image processors with transformers, each as soon as that is possible."""
-    configuration = "proscale_hf.models.mask2former.configuration_proscale_mask2former"
-    registrations = {
-        configuration: register_configuration,  # whichever of the two comes first brings the other along
-        "transformers.models.auto.configuration_auto": lambda _: importlib.import_module(configuration),
-        "transformers.models.auto.modeling_auto": register_models,
-        "transformers.models.auto.image_processing_auto": register_image_processors,
-    }
-    for name, register in registrations.items():
-        if name in sys.modules:
-            register(sys.modules[name])
-        else:
-            sys.meta_path.insert(0, AfterImport(name, register))
+    """Register all families with transformers, each class as soon as that is possible. May be called again."""
+    for family in FAMILIES.values():
+        configuration = family.module("configuration")
+        after_import(configuration, lambda _, family=family: register_configuration(family))
+        # whichever of the two comes first brings the other along
+        after_import(f"{AUTO_MODULES}.configuration_auto", lambda _, name=configuration: importlib.import_module(name))
+        after_import(f"{AUTO_MODULES}.modeling_auto", lambda auto, family=family: register_models(family, auto))
+        after_import(
+            f"{AUTO_MODULES}.image_processing_auto", lambda auto, family=family: register_image_processors(family, auto)
+        )
 
 
-def register_configuration(configuration_module: ModuleType) -> None:
+def register_configuration(family: Family) -> None:
     """Let `AutoConfig` find the configuration."""
     from transformers import AutoConfig
 
-    config_class = configuration_module.ProScaleMask2FormerConfig
-    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoConfig.register(family.model_type, family.config_class, exist_ok=True)
 
 
-def register_models(auto_module: ModuleType) -> None:
+def register_models(family: Family, auto_module: ModuleType) -> None:
     """Let the Auto classes and pipelines for segmentation find the models."""
-    config_class = sys.modules["proscale_hf"].ProScaleMask2FormerConfig
-    segmenter = LazyModelClass("ProScaleMask2FormerForUniversalSegmentation", config_class)
-    auto_module.AutoModel.register(
-        config_class, LazyModelClass("ProScaleMask2FormerModel", config_class), exist_ok=True
-    )
-    segmentation_classes = (
-        auto_module.AutoModelForUniversalSegmentation,
-        auto_module.AutoModelForInstanceSegmentation,
-        auto_module.AutoModelForImageSegmentation,  # what `pipeline("image-segmentation")` loads with
-    )
-    for auto_class in segmentation_classes:
-        auto_class.register(config_class, segmenter, exist_ok=True)
+    config_class = family.config_class
+    for auto_class, name in config_class.auto_classes.items():
+        mapping = getattr(auto_module, auto_class)._model_mapping
+        if not isinstance(mapping._extra_content, ClassesLoadedWhenRead):
+            mapping._extra_content = ClassesLoadedWhenRead(mapping._extra_content)
+        mapping.register(config_class, ClassToLoad(family, name), exist_ok=True)
     # pipelines look names up here, and warn about those that are missing
-    auto_module.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES[config_class.model_type] = segmenter.__name__
+    segmenter = config_class.auto_classes.get("AutoModelForUniversalSegmentation")
+    if segmenter is not None:
+        auto_module.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES[family.model_type] = segmenter
 
 
-def register_image_processors(auto_module: ModuleType) -> None:
+def register_image_processors(family: Family, auto_module: ModuleType) -> None:
     """Let `AutoImageProcessor` find the image processors whose backend is installed."""
     from transformers.utils import is_torchvision_available
 
-    package = sys.modules["proscale_hf"]
-    processors = {"pil": package.ProScaleMask2FormerImageProcessorPil}
-    if is_torchvision_available():
-        processors["torchvision"] = package.ProScaleMask2FormerImageProcessor
-    auto_module.AutoImageProcessor.register(
-        package.ProScaleMask2FormerConfig, image_processor_classes=processors, exist_ok=True
-    )
+    processors = family.image_processor_classes
+    if not is_torchvision_available():
+        del processors["torchvision"]
+    auto_module.AutoImageProcessor.register(family.config_class, image_processor_classes=processors, exist_ok=True)
 
 
-def image_processor_class() -> type:
-    """The image processor of the installed backend: torchvision's, or else Pillow's."""
+def image_processor_class(model_type: str = "proscale_mask2former") -> type:
+    """The image processor of a family for the installed backend: torchvision's, or else Pillow's."""
     from transformers.utils import is_torchvision_available
 
-    package = sys.modules["proscale_hf"]
-    if is_torchvision_available():
-        return package.ProScaleMask2FormerImageProcessor
-    return package.ProScaleMask2FormerImageProcessorPil
+    return FAMILIES[model_type].image_processor_classes["torchvision" if is_torchvision_available() else "pil"]
 
 
-class LazyModelClass:
-    """Stands for a model class of this package and loads it when anything but its name is needed.
+class ClassToLoad(NamedTuple):
+    """Names a model class of a family that nobody has read yet."""
 
-    Args:
-        name: a public name of the package.
-        config_class: the model's configuration class.
+    family: Family
+    name: str
+
+
+class ClassesLoadedWhenRead(UserDict):
+    """Classes that were registered with one of transformers' mappings; each [`ClassToLoad`] is loaded when it is read.
+
+    Whoever reads a class, from the mapping or as one of its values, gets the class itself.
     """
 
-    def __init__(self, name: str, config_class: type):
-        self.__name__ = name
-        self.config_class = config_class
+    def __getitem__(self, key: type) -> Any:
+        value = self.data[key]
+        if isinstance(value, ClassToLoad):
+            value = self.data[key] = value.family.load("modeling", value.name)
+        return value
 
-    def __getattr__(self, attribute: str) -> Any:
-        return getattr(self._load(), attribute)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._load()(*args, **kwargs)
-
-    def _load(self) -> type:
-        return getattr(sys.modules["proscale_hf"], self.__name__)
+def after_import(name: str, function: Callable[[ModuleType], Any]) -> None:
+    """Call a function with a module: now if the module is imported already, or else right after its first import."""
+    if name in sys.modules:
+        function(sys.modules[name])
+        return
+    for finder in sys.meta_path:
+        if isinstance(finder, AfterImport) and finder.name == name:
+            finder.functions.append(function)
+            return
+    sys.meta_path.insert(0, AfterImport(name, function))
 
 
 class AfterImport(importlib.abc.MetaPathFinder):
-    """Calls a function with a module, right after the module was imported for the first time.
+    """Calls functions with a module, right after the module was imported for the first time.
 
     Args:
         name: of the module.
-        function: what to call.
+        function: the first one to call.
     """
 
-    def __init__(self, name: str, function: Callable[[ModuleType], None]):
+    def __init__(self, name: str, function: Callable[[ModuleType], Any]):
         self.name = name
-        self.function = function
+        self.functions = [function]
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != self.name:
@@ -124,7 +126,8 @@ class AfterImport(importlib.abc.MetaPathFinder):
 
         def execute_and_call(module: ModuleType) -> None:
             execute(module)
-            self.function(module)
+            for function in self.functions:
+                function(module)
 
         spec.loader.exec_module = execute_and_call
         return spec

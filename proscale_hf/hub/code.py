@@ -43,6 +43,19 @@ def reference(defined: type) -> str:
     return f"{flat_name(defined.__module__)}.{defined.__name__}"
 
 
+def nearest_of_ours(defined: type) -> type:
+    """The class itself if its code is ours, or else the nearest class of ours that it derives from.
+
+    Users derive classes from ours, and so does FSDP while it trains; what is saved loads with ours.
+    """
+    here = __name__.rpartition(".")[0]  # of a flat folder
+    return next(
+        base
+        for base in defined.__mro__
+        if base.__module__.startswith(PREFIX) or base.__module__.rpartition(".")[0] == here
+    )
+
+
 def flat_code(*classes: type) -> dict[str, str]:
     """
     The flat files of some classes, and of what they import.

@@ -14,6 +14,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from proscale_hf.files.text import one_line
+
 
 LARGEST_REASON = 300  # characters
 
@@ -77,4 +79,4 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:LARGEST_REASON].rstrip(".")
+    return one_line(error)[:LARGEST_REASON].rstrip(".")

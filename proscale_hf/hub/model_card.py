@@ -8,18 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from transformers.utils import logging
+from transformers import PreTrainedConfig
 
-from proscale_hf.cost import Cost, measure_cost
-from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
-
-
-logger = logging.get_logger(__name__)
 
 TASK = "image-segmentation"
 ANY_MODEL = "path-or-hub-id"  # in the examples, where the repository has no name yet
 USUAL_SIZE = (800, 1333)  # of the papers' tables, height and width
 FOLD_FROM = 25  # classes
+COST_HEADING = "## Cost"
 
 # Those of the Hub's identifiers that weights are likely to have; any other licence is "other" there, with a name.
 HUB_LICENSES = (
@@ -79,6 +75,7 @@ def model_card(
     model_or_config: Any,
     image_processor: Any = None,
     *,
+    costs: str = "",
     repo_id: str | None = None,
     metrics: Mapping[str, float] | None = None,
     evaluated_on: str | None = None,
@@ -92,6 +89,7 @@ def model_card(
     Args:
         model_or_config: the model, or its configuration.
         image_processor: the image processor, or its settings as in `preprocessor_config.json`.
+        costs: the section on costs, see [`cost_section`]; it is for images of the image processor's [`input_size`].
         repo_id: name on the Hub for the examples.
         metrics: measured values by the metric's name, such as `{"PQ": 52.8}`.
         evaluated_on: name of the data set and split that `metrics` were measured on.
@@ -130,7 +128,7 @@ def model_card(
         _facts(config, settings, things),
         _use(repo_id or ANY_MODEL, things),
         _classes(config, things),
-        _cost(config, settings),
+        costs,
         _metrics(metrics or {}, evaluated_on),
         _license(config.weights_license),
         _citation(config),
@@ -145,7 +143,7 @@ def _settings(image_processor: Any) -> Mapping[str, Any]:
     return json.loads(image_processor.to_json_string())
 
 
-def _things(config: ProScaleMask2FormerConfig, settings: Mapping[str, Any]) -> dict[int, bool | None]:
+def _things(config: PreTrainedConfig, settings: Mapping[str, Any]) -> dict[int, bool | None]:
     """For each label, whether it is a thing (countable) or stuff; None if nobody says."""
     stuff = settings.get("label_ids_to_fuse")
     things = {}
@@ -167,7 +165,7 @@ def _tasks(things: Mapping[int, bool | None]) -> list[str]:
     return ["panoptic-segmentation", "instance-segmentation", "semantic-segmentation"]
 
 
-def _architecture(config: ProScaleMask2FormerConfig) -> str:
+def _architecture(config: PreTrainedConfig) -> str:
     if config.encoder == "proscale":
         return f"PRO-SCALE ({', '.join(map(str, config.encoder_stage_layers))})"
     is_light = config.pixel_embedding in ("maxpool", "avgpool")
@@ -186,7 +184,7 @@ def _backbone_name(backbone: Any) -> str:
     return _one_line(name or f"a {backbone.model_type} backbone")
 
 
-def _description(config: ProScaleMask2FormerConfig) -> str:
+def _description(config: PreTrainedConfig) -> str:
     mask2former = "[Mask2Former](https://arxiv.org/abs/2112.01527)"
     if config.encoder != "proscale":
         return (
@@ -201,7 +199,7 @@ def _description(config: ProScaleMask2FormerConfig) -> str:
     )
 
 
-def _facts(config: ProScaleMask2FormerConfig, settings: Mapping[str, Any], things: Mapping[int, bool | None]) -> str:
+def _facts(config: PreTrainedConfig, settings: Mapping[str, Any], things: Mapping[int, bool | None]) -> str:
     tasks = [task.removesuffix("-segmentation") for task in _tasks(things)]
     facts = [("Task", ", ".join(tasks)), ("Backbone", _backbone_name(config.backbone_config))]
     if config.encoder == "proscale":
@@ -235,8 +233,8 @@ def _input_rule(settings: Mapping[str, Any]) -> str:
     return f"{rule}, then padded to {pad_size['height']} x {pad_size['width']}" if pad_size else rule
 
 
-def _input_size(settings: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width of a typical image as the model gets it."""
+def input_size(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of a typical image as the model gets it, by the image processor's settings."""
     size = settings.get("pad_size") or (settings.get("size") if settings.get("do_resize", True) else None) or {}
     if size.get("height"):
         return size["height"], size["width"]
@@ -284,7 +282,7 @@ result = processor.post_process_{task}_segmentation(outputs, {targets})[0]
 With the package `proscale_hf` installed, `import proscale_hf` first, and leave `trust_remote_code=True` away."""
 
 
-def _classes(config: ProScaleMask2FormerConfig, things: Mapping[int, bool | None]) -> str:
+def _classes(config: PreTrainedConfig, things: Mapping[int, bool | None]) -> str:
     names = [str(config.id2label[label_id]) for label_id in things]
     if names == [f"LABEL_{label_id}" for label_id in things]:
         return ""  # transformers' names for those that have none
@@ -300,25 +298,16 @@ def _classes(config: ProScaleMask2FormerConfig, things: Mapping[int, bool | None
     return f"## Classes\n\n{table}"
 
 
-def _cost(config: ProScaleMask2FormerConfig, settings: Mapping[str, Any]) -> str:
-    height, width = _input_size(settings)
-    try:
-        cost = measure_cost(config, height, width)
-    except Exception as error:  # a backbone that cannot run without data; saving must not fail for that
-        logger.warning(f"The model card gets no cost table: {error}")
-        return ""
-    return f"""## Cost
+def cost_section(cost: Any, height: int, width: int) -> str:
+    """
+    Args:
+        cost: what one image costs, a `Cost`.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
 
-{cost.parameters_millions:.2f} million parameters. One image of {height} x {width}, in 10^9 multiply-adds, counted as in
-the papers (fvcore's rules):
-
-{_table(("stage", "GFLOPs"), _cost_rows(cost))}
-
-A forward pass of this implementation takes {cost.forward_gflops:.2f}, with all products counted and without
-post-processing."""
-
-
-def _cost_rows(cost: Cost) -> list[tuple[str, str]]:
+    Returns:
+        The card's section on it, as Markdown.
+    """
     rows = {
         "backbone": cost.backbone_gflops,
         "encoder (pixel decoder)": cost.encoder_gflops,
@@ -326,7 +315,16 @@ def _cost_rows(cost: Cost) -> list[tuple[str, str]]:
         "post-processing": cost.post_processing_gflops,
         "total": cost.total_gflops,
     }
-    return [(name, f"{value:.2f}") for name, value in rows.items()]
+    table = _table(("stage", "GFLOPs"), [(name, f"{value:.2f}") for name, value in rows.items()])
+    return f"""{COST_HEADING}
+
+{cost.parameters_millions:.2f} million parameters. One image of {height} x {width}, in 10^9 multiply-adds, counted as in
+the papers (fvcore's rules):
+
+{table}
+
+A forward pass of this implementation takes {cost.forward_gflops:.2f}, with all products counted and without
+post-processing."""
 
 
 def _metrics(metrics: Mapping[str, float], evaluated_on: str | None) -> str:
@@ -366,7 +364,7 @@ def _license(weights_license: str | None) -> str:
     return f"## Licence\n\nWeights: {_markdown(weights_license)}\n\nCode files in this repository: apache-2.0"
 
 
-def _citation(config: ProScaleMask2FormerConfig) -> str:
+def _citation(config: PreTrainedConfig) -> str:
     is_proscale = config.encoder != "mask2former" or config.pixel_embedding != "conv"
     papers = [PROSCALE_PAPER, MASK2FORMER_PAPER] if is_proscale else [MASK2FORMER_PAPER]
     return "## Citation\n\n```bibtex\n" + "\n\n".join(papers) + "\n```"

@@ -1,25 +1,23 @@
-"""The way to the Hub: a complete model folder goes up in one commit, or nothing does; and why the Hub said no.
-
-Only files that belong to a model go up. Everything is checked before the first byte is sent.
-"""
+"""Uploads a folder that holds a complete model, and nothing else. All is checked before the first byte is sent."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
-from huggingface_hub.errors import (
-    HFValidationError,
-)
+from huggingface_hub import ModelCard, constants
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from proscale_hf.hub.errors import HubError, _first_line, explain
-from proscale_hf.hub.license import check_may_publish, open_repository
-from proscale_hf.hub.repository import CARD_NAME, WEIGHTS, write_card
-from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
+from proscale_hf.files.text import one_line
+from proscale_hf.hub.card_file import CARD_NAME, write_card
+from proscale_hf.hub.errors import HubError, explain
+from proscale_hf.hub.families import FAMILIES
+from proscale_hf.hub.license import check_may_publish
+from proscale_hf.hub.upload import HubRepository
 
 
 OPTIONAL_FILES = {".gitattributes", "LICENSE", "LICENSE.md", "LICENSE.txt"}
@@ -55,9 +53,11 @@ def push_folder(
     """
     folder = Path(folder)
     check_repo_id(repo_id)
-    write_card(folder, repo_id=repo_id)
-    files = model_files(folder)
+    if not folder.is_dir():
+        raise HubError(f"There is no folder {folder}.")
     config = _read_config(folder)
+    write_card(folder, config, repo_id=repo_id)
+    files = model_files(folder)
     try:
         check_may_publish(config, private, i_have_the_right_to_publish)
     except ValueError as error:
@@ -65,21 +65,11 @@ def push_folder(
     if dry_run:
         return _describe(folder, files, repo_id, private)
     try:
-        info = open_repository(config, repo_id, private, right=i_have_the_right_to_publish)
-        there = {sibling.rfilename for sibling in info.siblings}
-        stale = sorted(name for name in there - set(files) if WEIGHTS.fullmatch(name))
-        HfApi().create_commit(
-            info.id,
-            [
-                *(CommitOperationAdd(name, folder / name) for name in files),
-                *(CommitOperationDelete(name) for name in stale),
-            ],
-            commit_message="Upload model",
-            parent_commit=info.sha,
-        )
+        repository = HubRepository(repo_id, config, private, i_have_the_right_to_publish=i_have_the_right_to_publish)
+        repository.upload(folder)
     except Exception as error:  # the client's, its HTTP library's and our own: all must end in one line
         raise HubError(f"The upload to {repo_id} failed: {explain(error)}.") from error
-    return f"{constants.ENDPOINT}/{info.id}"
+    return f"{constants.ENDPOINT}/{repository.id}"
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -108,8 +98,6 @@ def model_files(folder: Path) -> list[str]:
     Raises:
         HubError: one is missing or damaged, or there is something else in the folder.
     """
-    if not folder.is_dir():
-        raise HubError(f"There is no folder {folder}.")
     entries = {entry.name: entry for entry in folder.iterdir()}
     for entry in entries.values():
         if entry.is_symlink() or not entry.is_file():
@@ -126,18 +114,22 @@ def model_files(folder: Path) -> list[str]:
     try:
         ModelCard.load(folder / CARD_NAME)
     except Exception as error:  # YAML has its own types
-        raise HubError(f"The metadata at the top of {folder / CARD_NAME} is not valid: {_first_line(error)}") from error
+        raise HubError(f"The metadata at the top of {folder / CARD_NAME} is not valid: {one_line(error)}") from error
     return sorted(entries)
 
 
-def _read_config(folder: Path) -> ProScaleMask2FormerConfig:
+def _read_config(folder: Path) -> PreTrainedConfig:
+    if not (folder / CONFIG_NAME).is_file():
+        raise HubError(
+            f"{folder} is no complete model: {CONFIG_NAME} is missing. Save model and image processor again."
+        )
     values = _read_json(folder / CONFIG_NAME)
-    if values.get("model_type") != ProScaleMask2FormerConfig.model_type:
+    if values.get("model_type") not in FAMILIES:
         raise HubError(f"{folder} has another kind of model: its model_type is {values.get('model_type')!r}.")
     try:
-        return ProScaleMask2FormerConfig.from_dict(values)
+        return FAMILIES[values["model_type"]].config_class.from_dict(values)
     except Exception as error:  # whatever a wrong value leads to
-        raise HubError(f"{folder / CONFIG_NAME} is no configuration of this model: {_first_line(error)}") from error
+        raise HubError(f"{folder / CONFIG_NAME} is no configuration of this model: {one_line(error)}") from error
 
 
 def _weights_files(folder: Path) -> set[str]:
@@ -157,7 +149,7 @@ def _weights_files(folder: Path) -> set[str]:
                 pass
         except (SafetensorError, OSError) as error:
             raise HubError(
-                f"{folder / name} is damaged or incomplete ({_first_line(error)}). Save the model again."
+                f"{folder / name} is damaged or incomplete ({one_line(error)}). Save the model again."
             ) from error
     return names
 
@@ -185,7 +177,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise HubError(f"{path} cannot be read as JSON: {_first_line(error)}") from error
+        raise HubError(f"{path} cannot be read as JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise HubError(f"{path} must hold a JSON object.")
     return content

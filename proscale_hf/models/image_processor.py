@@ -28,9 +28,10 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import requires_backends
 
+from proscale_hf.hub.card_file import CARD_NAME, renew_card
 from proscale_hf.hub.code import reference, write_code
 from proscale_hf.hub.names import resolved
-from proscale_hf.hub.repository import Upload, split_hub_arguments, write_card
+from proscale_hf.hub.upload import HubRepository, split_hub_arguments
 from proscale_hf.processing.pixels import read_pixels
 from proscale_hf.processing.sizes import ImageSizes, pixel_mask, sizes_in_batch
 
@@ -54,7 +55,8 @@ class PaddedImagesKwargs(ImagesKwargs, total=False):
 
 class ImageProcessorMixin:
     """
-    Makes a padded batch of images. A backend adds `_normalized_batch`, and a family `backends` and `_labels`.
+    Makes a padded batch of images. A backend adds `_normalized_batch`, and a family `config_class`, `backends` and
+    `_labels`.
 
     Images: PIL images of any mode, paths, URLs, arrays and tensors. An EXIF orientation is applied (sizes of targets
     and labels are those of the upright image), transparency is laid over white, 16-bit values are brought to 8 bits,
@@ -84,7 +86,7 @@ class ImageProcessorMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "ImageProcessorMixin":
-        """As in transformers, and also by the short name of a published model, see `model_names.py`."""
+        """As in transformers, and also by the short name of a published model, see `names.py`."""
         with resolved(pretrained_model_name_or_path) as source:
             return super().from_pretrained(source, **kwargs)
 
@@ -95,15 +97,20 @@ class ImageProcessorMixin:
         return settings
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """As in transformers, with the code; a model card that was made for the folder's model gets the input size."""
-        hub_arguments = {"commit_message": "Upload image processor", **split_hub_arguments(kwargs)}
-        upload = Upload(save_directory, self, **hub_arguments) if push_to_hub else None
+        """
+        As in transformers, with the code. A model card in the folder that nobody has edited tells of these settings;
+        the costs in it stay those of the image that they were measured for, until the model is saved again.
+        """
+        hub_arguments = {"commit_message": "Upload image processor", **split_hub_arguments(kwargs, save_directory)}
+        repository = HubRepository(**hub_arguments) if push_to_hub else None
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         write_code(save_directory, *self.backends())
         files = super().save_pretrained(save_directory, **kwargs)
-        write_card(save_directory)
-        if upload is not None:
-            upload.send()
+        renew_card(save_directory, self.config_class)
+        if repository is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                self.save_pretrained(folder, **kwargs)
+                repository.upload(folder, card=Path(save_directory, CARD_NAME))
         return files
 
     def push_to_hub(
@@ -116,10 +123,10 @@ class ImageProcessorMixin:
         **hub_arguments: Any,
     ) -> CommitInfo:
         """As in transformers, with the code, and without a model card: that is the model's (so `tags` is not read)."""
+        repository = HubRepository(repo_id, commit_message=commit_message, **hub_arguments)
         with tempfile.TemporaryDirectory() as folder:
-            upload = Upload(folder, self, repo_id, commit_message=commit_message, **hub_arguments)
             self.save_pretrained(folder)
-            return upload.send()
+            return repository.upload(folder)
 
     def preprocess(self, images: ImageInput, *annotations: Any, **kwargs: Any) -> BatchFeature:
         """

@@ -96,7 +96,7 @@ class TestBeforeAnythingIsSent:
             "preprocessor_config.json",
             "model.safetensors",
             "modeling_proscale_mask2former.py",
-            "ms_deform_attn.py",  # which the model imports
+            "layers_ms_deform_attn.py",  # which the model imports
         ],
     )
     def test_missing_file(self, folder_copy, name):
@@ -148,7 +148,8 @@ class TestBeforeAnythingIsSent:
             ("", "cannot be read as JSON"),
             ("{", "cannot be read as JSON"),
             ("[]", "JSON object"),
-            ("{}", "names no code"),
+            ("{}", "another kind of model"),
+            ('{"model_type": "proscale_mask2former"}', "names no code"),
         ],
     )
     def test_bad_config(self, folder_copy, content, reason):
@@ -199,7 +200,8 @@ import json, os, sys, time
 from huggingface_hub import HfApi
 time.sleep = lambda seconds: None  # the client waits before it tries again
 from proscale_hf import ProScaleMask2FormerForUniversalSegmentation, ProScaleMask2FormerImageProcessorPil
-from proscale_hf.hub import explain, push_folder
+from proscale_hf.hub.errors import explain
+from proscale_hf.hub.push import push_folder
 
 folder, sharded, licensed = sys.argv[1:]
 answers = {}

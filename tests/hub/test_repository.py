@@ -19,7 +19,7 @@ from proscale_hf import (
     ProScaleMask2FormerImageProcessorPil,
     ProScaleMask2FormerModel,
 )
-from proscale_hf.hub.repository import is_own_card, sign
+from proscale_hf.hub.card_file import is_own_card, sign
 
 
 HAND_WRITTEN = "---\nlicense: mit\n---\n\n# Mine\r\n\nHands off: é\n"
@@ -87,7 +87,7 @@ def test_a_model_is_saved_although_its_card_cannot_be_written(tmp_path, monkeypa
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no card today")
 
-    monkeypatch.setattr("proscale_hf.hub.model_card.model_card", fail)
+    monkeypatch.setattr("proscale_hf.hub.card_file.model_card", fail)
     tiny_model().save_pretrained(tmp_path)
     ProScaleMask2FormerForUniversalSegmentation.from_pretrained(tmp_path)
     assert not (tmp_path / "README.md").exists()

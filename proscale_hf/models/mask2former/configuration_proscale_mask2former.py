@@ -3,8 +3,6 @@
 Field names are those of transformers' `Mask2FormerConfig` wherever the meaning is the same.
 """
 
-import os
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -19,8 +17,7 @@ from proscale_hf.encoders.configuration import (
     check_share,
     check_weight,
 )
-from proscale_hf.hub.code import reference, write_code
-from proscale_hf.hub.names import resolved
+from proscale_hf.models.configuration import ProScaleConfigMixin
 from proscale_hf.models.mask2former.presets import preset_settings
 from proscale_hf.processing.categories import check_categories
 
@@ -29,7 +26,7 @@ PIXEL_EMBEDDINGS = ("maxpool", "avgpool", "conv", "none")
 
 
 @strict
-class ProScaleMask2FormerConfig(EncoderConfig):
+class ProScaleMask2FormerConfig(ProScaleConfigMixin, EncoderConfig):
     r"""
     Configuration of [`ProScaleMask2FormerModel`] and [`ProScaleMask2FormerForUniversalSegmentation`]. The defaults are
     the paper's Swin-T model with stages (3, 3, 3). Backbone and encoder have the fields of [`EncoderConfig`]; here are
@@ -164,21 +161,6 @@ class ProScaleMask2FormerConfig(EncoderConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
-    ) -> "ProScaleMask2FormerConfig":
-        """As in transformers, and also by the short name of a published model, see `model_names.py`."""
-        with resolved(pretrained_model_name_or_path) as source:
-            return super().from_pretrained(source, **kwargs)
-
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As in transformers; the folder also gets the code. Where another repository's code is, is not handed on."""
-        self.auto_map = {"AutoConfig": reference(ProScaleMask2FormerConfig)}
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        write_code(save_directory, ProScaleMask2FormerConfig)
-        super().save_pretrained(save_directory, push_to_hub, **kwargs)
-
-    @classmethod
     def from_preset(cls, name: str, **changes: Any) -> "ProScaleMask2FormerConfig":
         """
         The configuration of a new model like one of the paper's or Mask2Former's.
@@ -197,22 +179,6 @@ class ProScaleMask2FormerConfig(EncoderConfig):
         """Strides of the maps that the encoder gets, coarse to fine."""
         finest = 0 if self.pixel_embedding == "none" else 1
         return tuple(reversed(self.feature_strides[finest:]))
-
-    def category(self, label_id: int) -> dict[str, Any] | None:
-        """
-        The entry of `categories` for a label.
-
-        Args:
-            label_id: The label, as in `id2label`.
-
-        Returns:
-            The category, or None where there is none or its name is not the label's, as after fine-tuning on other
-            labels.
-        """
-        if self.categories is None or not 0 <= label_id < len(self.categories):
-            return None
-        category = self.categories[label_id]
-        return category if category["name"] == self.id2label.get(label_id) else None
 
     def check_values(self) -> None:
         """Refuse what is not possible.

@@ -3,6 +3,7 @@
 from transformers.processing_utils import Unpack
 
 from proscale_hf.models.image_processor import PillowPixels, TorchvisionPixels
+from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
 from proscale_hf.models.segmentation_image_processor import SegmentationImageProcessorMixin, SegmentationImagesKwargs
 
 
@@ -13,6 +14,7 @@ class ProScaleMask2FormerImageProcessorKwargs(SegmentationImagesKwargs, total=Fa
 class ProScaleMask2FormerImageProcessorMixin(SegmentationImageProcessorMixin):
     __doc__ = SegmentationImageProcessorMixin.__doc__
     valid_kwargs = ProScaleMask2FormerImageProcessorKwargs
+    config_class = ProScaleMask2FormerConfig
 
     @staticmethod
     def backends() -> tuple[type, type]:

@@ -1,32 +1,22 @@
 """PRO-SCALE on the Mask2Former architecture, as a Transformers model (https://arxiv.org/abs/2404.14657).
 
 pixels -> pixel-level module { backbone -> pixel decoder } -> mask decoder -> class and mask logits. What varies, the
-encoder, stands in files of its own; see `encoders.py`.
+encoder, stands in files of its own; see `encoders/choice.py`.
 """
 
-import os
-import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import CommitInfo
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
-from transformers.utils import CONFIG_NAME, ModelOutput
+from transformers.utils import ModelOutput
 
-from proscale_hf.hub.code import reference, write_code
-from proscale_hf.hub.names import resolved
-from proscale_hf.hub.repository import Upload, split_hub_arguments, write_card
-from proscale_hf.layers.kernels import PYTORCH, use_kernel
 from proscale_hf.layers.linear import Linear
 from proscale_hf.losses.segmentation import UniversalSegmentationLoss
+from proscale_hf.models.base import ProScalePreTrainedModel
+from proscale_hf.models.counting import Cost
 from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
+from proscale_hf.models.mask2former.cost import measure_cost
 from proscale_hf.models.mask2former.mask_decoder import (
     MaskDecoder,
     predict_masks,
@@ -113,108 +103,21 @@ class ProScaleMask2FormerForUniversalSegmentationOutput(ModelOutput):
     cross_attentions: tuple[torch.Tensor, ...] | None = None
 
 
-class ProScaleMask2FormerPreTrainedModel(PreTrainedModel):
-    """Weight initialisation, loading and saving, common to the models here."""
+class ProScaleMask2FormerPreTrainedModel(ProScalePreTrainedModel):
+    """What the models here have in common: their configuration, their cost and their initial weights."""
 
     config_class = ProScaleMask2FormerConfig
-    base_model_prefix = "model"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
     _no_split_modules = [  # noqa: RUF012 - as transformers has it
         "DeformableEncoderLayer",
         "IntraScaleLayer",
         "Fusion",
         "MaskedAttentionLayer",
     ]
-    deformable_attention_backend = PYTORCH  # or the kernel's repository or folder
-
-    def post_init(self) -> None:
-        """As in transformers. Of the layers that are not to be split those that the model has, since FSDP wants all."""
-        super().post_init()
-        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
-    ) -> "ProScaleMask2FormerPreTrainedModel":
-        """As in transformers, and also by the short name of a published model, see `model_names.py`."""
-        with resolved(pretrained_model_name_or_path) as source:
-            return super().from_pretrained(source, *model_args, **kwargs)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """As in transformers; the folder also gets the code and a model card, as a Hub repository needs them."""
-        hub_arguments = split_hub_arguments(kwargs)
-        is_saving = self.should_save_on_this_rank(is_main_process)
-        upload = Upload(save_directory, self.config, **hub_arguments) if push_to_hub and is_saving else None
-        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
-        if is_saving:
-            write_code(save_directory, ProScaleMask2FormerPreTrainedModel)
-            self.config.auto_map |= auto_map_of_models(self.config)
-            self.config.to_json_file(Path(save_directory) / CONFIG_NAME)
-            write_card(save_directory, self.model_tags or ())
-        if upload is not None:
-            upload.send()
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        max_shard_size: int | str = "50GB",
-        tags: list[str] | str | None = None,
-        **hub_arguments: Any,
-    ) -> CommitInfo:
-        """As in transformers; the commit also has the code, and a model card if the repository has none of its own."""
-        with tempfile.TemporaryDirectory() as folder:
-            upload = Upload(folder, self.config, repo_id, **hub_arguments)
-            self.save_pretrained(folder, max_shard_size=max_shard_size)
-            tags = [tags] if isinstance(tags, str) else tags or []
-            write_card(folder, [*(self.model_tags or ()), *tags], upload.repo_id)
-            return upload.send()
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False
-    ) -> NamedTuple:
-        """As `nn.Module.load_state_dict`, and also for names as `save_pretrained` writes them.
-
-        transformers saves some backbones, Swin among them, under older names. `from_pretrained` translates them, but
-        `Trainer` resumes with this method, and would go on with the weights it has instead.
-        """
-        own = self.state_dict().keys()
-        renamings = [t for t in get_model_conversion_mapping(self) if isinstance(t, WeightRenaming)]
-        renamed = {
-            name if name in own else rename_source_key(name, renamings, [])[0]: tensor
-            for name, tensor in state_dict.items()
-        }
-        return super().load_state_dict(renamed, strict, assign)
-
-    def set_use_kernels(self, use_kernels: bool, kernel_config: Any = None, mode: Any = None) -> None:
-        """
-        Run deformable attention in a compiled kernel, see `deformable_attention_kernel.py`; `from_pretrained(...,
-        use_kernels=True)` ends here.
-
-        Args:
-            use_kernels: load a kernel, unless one is in use on this device. What was loaded before stays in any case.
-            kernel_config: transformers' `KernelConfig`, to name a kernel.
-            mode: accepted as transformers gives it; the same kernel serves training and inference.
-        """
-        is_in_place = self.use_kernels and self._kernel_device == self.device
-        if use_kernels and (kernel_config is not None or not is_in_place):
-            self.deformable_attention_backend = use_kernel(self, self.device, kernel_config)
-            self._kernel_device = self.device
-        # transformers asks again whenever training begins or ends; for nothing, if nothing could be loaded
-        self._use_kernels = use_kernels and self.deformable_attention_backend != PYTORCH
-
-    def get_input_embeddings(self) -> None:
-        """Pixels have no table of embeddings. accelerate asks for it before it shards a model (FSDP2)."""
+    def measure_cost(cls, config: ProScaleMask2FormerConfig, height: int, width: int) -> Cost:
+        """What one image of this height and width, in pixels, costs the segmentation model of a configuration."""
+        return measure_cost(ProScaleMask2FormerForUniversalSegmentation, config, height, width)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -449,12 +352,6 @@ def earlier_predictions(
         }
         for classes, embeddings in zip(class_logits[:-1], outputs.mask_embeddings[:-1], strict=True)
     ]
-
-
-def auto_map_of_models(config: ProScaleMask2FormerConfig) -> dict[str, str]:
-    """What `auto_map` says about this file's classes."""
-    names = config.auto_classes
-    return {auto_class: reference(globals()[name]) for auto_class, name in names.items()}
 
 
 __all__ = [

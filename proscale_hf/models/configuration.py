@@ -1,0 +1,47 @@
+"""What the configurations of all families share: short names, categories, and the code that is saved with them."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from proscale_hf.hub.code import nearest_of_ours, reference, write_code
+from proscale_hf.hub.names import resolved
+
+
+class ProScaleConfigMixin:
+    """
+    The common part of the configurations, in front of transformers' `PreTrainedConfig`.
+
+    A family's configuration has the fields `categories` and `weights_license`, and says in `auto_classes` which of its
+    models each of transformers' Auto classes stands for.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "ProScaleConfigMixin":
+        """As in transformers, and also by the short name of a published model, see `names.py`."""
+        with resolved(pretrained_model_name_or_path) as source:
+            return super().from_pretrained(source, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in transformers; the folder also gets the code. Where another repository's code is, is not handed on."""
+        config_class = nearest_of_ours(type(self))
+        self.auto_map = {"AutoConfig": reference(config_class)}
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        write_code(save_directory, config_class)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    def category(self, label_id: int) -> dict[str, Any] | None:
+        """
+        The entry of `categories` for a label.
+
+        Args:
+            label_id: The label, as in `id2label`.
+
+        Returns:
+            The category, or None if there is none, or if its name is not the label's, as after fine-tuning on other
+            labels.
+        """
+        if self.categories is None or not 0 <= label_id < len(self.categories):
+            return None
+        category = self.categories[label_id]
+        return category if category["name"] == self.id2label.get(label_id) else None
