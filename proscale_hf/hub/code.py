@@ -96,15 +96,17 @@ def flattened(module: str) -> tuple[str, list[str]]:
         Its text with flat imports, and the modules of ours that it imports.
     """
     source = source_file(module).read_text(encoding="utf-8")
-    lines = source.splitlines(keepends=True)
+    lines = source.split("\n")
     imported = []
     for node in ast.walk(ast.parse(source)):
         if (other := imported_module(node, module)) is not None:
             imported.append(other)
             index = node.lineno - 1
-            written = re.compile(rf"\bfrom\s+{re.escape('.' * node.level + node.module)}\s+import\b")
-            lines[index] = written.sub(f"from .{flat_name(other)} import", lines[index], count=1)
-    return "".join(lines), imported
+            written = re.compile(rf"(\s*)from\s+{re.escape('.' * node.level + node.module)}\s+import\b")
+            lines[index], found = written.subn(rf"\1from .{flat_name(other)} import", lines[index], count=1)
+            if not found or node.col_offset != len(lines[index]) - len(lines[index].lstrip()):
+                raise CodeError(f"{module}, line {node.lineno}: write `from MODULE import` on one line of its own.")
+    return "\n".join(lines), imported
 
 
 def imported_module(node: ast.AST, module: str) -> str | None:

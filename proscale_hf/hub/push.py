@@ -120,9 +120,7 @@ def model_files(folder: Path) -> list[str]:
 
 def _read_config(folder: Path) -> PreTrainedConfig:
     if not (folder / CONFIG_NAME).is_file():
-        raise HubError(
-            f"{folder} is no complete model: {CONFIG_NAME} is missing. Save model and image processor again."
-        )
+        raise HubError(f"{folder} is no complete model: {CONFIG_NAME} is missing. Save the model again.")
     values = _read_json(folder / CONFIG_NAME)
     if values.get("model_type") not in FAMILIES:
         raise HubError(f"{folder} has another kind of model: its model_type is {values.get('model_type')!r}.")

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from proscale_hf.hub.families import FAMILIES
+
 
 def run(code: str) -> list[str]:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -74,3 +76,70 @@ config = AutoConfig.for_model("proscale_mask2former")
 print(type(config).__name__, AutoModelForUniversalSegmentation._model_mapping[type(config)].__name__)
 """
     assert run(code) == ["ProScaleMask2FormerConfig", "ProScaleMask2FormerForUniversalSegmentation"]
+
+
+def test_mappings_hold_the_classes_themselves():
+    """Trainer, pipelines and users ask `issubclass`, look at signatures, and derive classes of their own."""
+    code = """
+import inspect, pickle
+import proscale_hf
+from transformers import AutoModel, PreTrainedModel
+config_class = proscale_hf.ProScaleMask2FormerConfig
+for auto_class, name in config_class.auto_classes.items():
+    mapping = getattr(__import__("transformers"), auto_class)._model_mapping
+    real = getattr(proscale_hf, name)
+    assert dict(mapping._extra_content)[config_class] is real
+    assert mapping[config_class] is real and mapping.get(config_class, None) is real and config_class in mapping
+    assert real in mapping._extra_content.values()
+    assert pickle.loads(pickle.dumps(mapping))[config_class] is real
+    assert issubclass(mapping[config_class], PreTrainedModel)
+    assert list(inspect.signature(mapping[config_class].__init__).parameters) == ["self", "config"]
+Mine = type("Mine", (AutoModel._model_mapping[config_class],), {})
+AutoModel.register(config_class, Mine, exist_ok=True)
+assert AutoModel._model_mapping[config_class] is Mine
+print(len(config_class.auto_classes))
+"""
+    assert run(code) == ["4"]
+
+
+def test_no_model_is_loaded_before_it_is_asked_for():
+    code = """
+import proscale_hf, sys
+from transformers import AutoModel, AutoConfig
+config = AutoConfig.for_model("proscale_mask2former")
+assert type(config) in AutoModel._model_mapping
+modeling = "proscale_hf.models.mask2former.modeling_proscale_mask2former"
+print(modeling in sys.modules, end=" ")
+AutoModel._model_mapping[type(config)]
+print(modeling in sys.modules)
+"""
+    assert run(code) == ["False", "True"]
+
+
+@pytest.mark.parametrize("first", ["", "from transformers import AutoModel; AutoModel"])
+def test_registration_survives_a_reload(first):
+    code = f"""
+import importlib, sys
+import proscale_hf
+{first}
+importlib.reload(proscale_hf)
+importlib.reload(proscale_hf)
+finders = [finder.name for finder in sys.meta_path if type(finder).__name__ == "AfterImport"]
+assert len(finders) == len(set(finders)), finders
+from transformers import AutoConfig, AutoModelForUniversalSegmentation
+config = AutoConfig.for_model("proscale_mask2former")
+model_class = AutoModelForUniversalSegmentation._model_mapping[type(config)]
+assert model_class is proscale_hf.ProScaleMask2FormerForUniversalSegmentation
+print(model_class.__name__)
+"""
+    assert run(code) == ["ProScaleMask2FormerForUniversalSegmentation"]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_table_has_the_right_names(model_type):
+    family = FAMILIES[model_type]
+    assert family.config_class.model_type == model_type
+    for auto_class in family.config_class.auto_classes:
+        assert family.model_class(auto_class).config_class is family.config_class
+    for backend, processor_class in family.image_processor_classes.items():
+        assert processor_class().backend == backend

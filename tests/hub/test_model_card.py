@@ -8,8 +8,9 @@ import yaml
 from huggingface_hub import ModelCard, metadata_load
 
 from helpers import TINY_RESNET, tiny_config, tiny_model
-from proscale_hf import ProScaleMask2FormerConfig, ProScaleMask2FormerImageProcessorPil, cost
-from proscale_hf.hub.model_card import model_card
+from proscale_hf import ProScaleMask2FormerConfig, ProScaleMask2FormerImageProcessorPil
+from proscale_hf.cost import Cost, measure_cost
+from proscale_hf.hub.model_card import cost_section, input_size, model_card
 
 
 CATEGORIES = [
@@ -97,7 +98,8 @@ def test_the_licence_is_the_one_of_the_weights(said, metadata):
 def test_facts_are_the_model_s():
     processor = ProScaleMask2FormerImageProcessorPil(size={"height": 64, "width": 96})
     model = tiny_model(id2label=NAMES, categories=CATEGORIES, num_queries=7)
-    card = model_card(model, processor, repo_id="me/my-model")
+    measured = measure_cost(model, 64, 96)
+    card = model_card(model, processor, costs=cost_section(measured, 64, 96), repo_id="me/my-model")
     assert "\n# PRO-SCALE (1, 2, 1), a swin backbone\n" in card
     for fact in (
         "| Classes | 4 (2 things, 2 stuff) |",
@@ -113,7 +115,6 @@ def test_facts_are_the_model_s():
         ["3", "sky", "stuff", "90"],
     ]
     costs = {name.strip(): float(value) for name, value in rows_of(card, "Cost")}
-    measured = cost.measure_cost(model, 64, 96)
     assert costs["total"] == round(measured.total_gflops, 2) > 0
     assert costs["encoder (pixel decoder)"] == round(measured.encoder_gflops, 2)
     assert f"{measured.parameters_millions:.2f} million parameters. One image of 64 x 96" in card
@@ -154,6 +155,7 @@ def test_text_of_users_breaks_nothing():
         metrics={NASTY[0]: 1, NASTY[1]: 2.5},
         evaluated_on=NASTY[1],
         tags=NASTY[:6],
+        costs=cost_section(Cost(*range(8)), 64, 96),
         repo_id='x", "y": "z',
     )
     front, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, flags=re.DOTALL).groups()
@@ -183,10 +185,10 @@ def test_text_of_users_breaks_nothing():
         ({"pad_size": {"height": 256, "width": 288}}, (256, 288), "then padded to 256 x 288"),
     ],
 )
-def test_cost_is_for_images_of_the_processor_s_size(settings, size, rule):
-    card = model_card(tiny_config(), ProScaleMask2FormerImageProcessorPil(**settings))
-    assert f"One image of {size[0]} x {size[1]}," in card
-    assert rule in card
+def test_the_input_is_what_the_processor_makes(settings, size, rule):
+    processor = ProScaleMask2FormerImageProcessorPil(**settings)
+    assert input_size(processor.to_dict()) == size
+    assert rule in model_card(tiny_config(), processor)
 
 
 def test_backbones_and_architectures_have_their_names():
@@ -212,12 +214,3 @@ def test_impossible_metrics_are_refused():
         model_card(tiny_config(), metrics={"PQ": 50.0})
     with pytest.raises(ValueError, match="finite"):
         model_card(tiny_config(), metrics={"PQ": math.nan}, evaluated_on="COCO")
-
-
-def test_a_cost_that_cannot_be_measured_is_left_out(monkeypatch):
-    def fail(*_: object) -> None:
-        raise RuntimeError("this backbone looks at the pixels")
-
-    monkeypatch.setattr("proscale_hf.hub.model_card.measure_cost", fail)
-    card = model_card(tiny_config())
-    assert "## Cost" not in card and "## Use it" in card

@@ -11,7 +11,8 @@ import torch
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 import proscale_hf
-from helpers import pixels, tiny_config, tiny_model
+from helpers import labels, pixels, tiny_config, tiny_model
+from paths import FIXTURES
 from proscale_hf import ProScaleMask2FormerImageProcessorPil, ProScaleMask2FormerModel
 
 
@@ -73,6 +74,70 @@ check(AutoModelForUniversalSegmentation.from_pretrained(copy, trust_remote_code=
 print(type(model).__module__)
 """
 
+TRAIN = """
+import os
+from pathlib import Path
+import torch
+from torch.distributed import destroy_process_group, init_process_group
+from torch.distributed.fsdp import fully_shard
+
+folder, batch, copies = sys.argv[1:]
+batch = torch.load(batch)
+files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+init_process_group("gloo", init_method=f"file://{copies}.rendezvous", rank=0, world_size=1)
+for sharded in (False, True):
+    model = AutoModelForUniversalSegmentation.from_pretrained(folder, trust_remote_code=True).train()
+    saved_class = type(model)
+    assert saved_class.__module__.startswith("transformers_modules.")
+    if sharded:
+        fully_shard(model)
+        assert type(model).__name__ == "FSDP" + saved_class.__name__
+        assert type(model).__module__ != saved_class.__module__
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model(**batch).loss.backward()
+    optimizer.step()
+    copy = f"{copies}/{sharded}"
+    whole = {name: getattr(value, "full_tensor", lambda: value)() for name, value in model.state_dict().items()}
+    model.save_pretrained(copy, state_dict=whole)
+    for backend in backends:
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True, backend=backend)
+        processor.save_pretrained(copy)
+        processor.save_pretrained(f"{copy}-{backend}")
+        assert AutoImageProcessor.from_pretrained(f"{copy}-{backend}", trust_remote_code=True).size == processor.size
+    if backends:
+        saved = {path.name: path.read_bytes() for path in Path(copy).iterdir()}
+        assert saved.keys() == files.keys(), files.keys() ^ saved.keys()
+        assert all(saved[name] == files[name] for name in saved if name.endswith(".py"))
+    trained = AutoModelForUniversalSegmentation.from_pretrained(copy, trust_remote_code=True)
+    assert type(trained).__name__ == saved_class.__name__
+    torch.testing.assert_close(trained.class_predictor.weight, whole["class_predictor.weight"])
+    untrained = AutoModelForUniversalSegmentation.from_pretrained(folder, trust_remote_code=True)
+    assert not torch.equal(trained.class_predictor.weight, untrained.class_predictor.weight)
+destroy_process_group()
+"""
+
+LOAD_0_1_0 = """
+import torch
+from safetensors.torch import load_file
+from PIL import Image
+
+folder, expected, origin = sys.argv[1:]
+expected = load_file(expected)
+settings = {"trust_remote_code": origin == "transformers_modules"}
+model = AutoModelForUniversalSegmentation.from_pretrained(folder, **settings)
+objects = [model]
+with torch.no_grad():
+    outputs = model(expected["pixel_values"])
+for name in ("class_queries_logits", "masks_queries_logits"):
+    torch.testing.assert_close(outputs[name], expected[name], rtol=1e-4, atol=1e-5)
+for backend in backends:
+    processor = AutoImageProcessor.from_pretrained(folder, backend=backend, **settings)
+    assert processor.label_ids_to_fuse == [2, 3] and dict(processor.size) == {"height": 64, "width": 96}
+    assert processor(Image.new("RGB", (50, 40)), return_tensors="pt")["pixel_values"].shape == (1, 3, 64, 96)
+    objects.append(processor)
+assert all(type(item).__module__.startswith(f"{origin}.") for item in objects), objects
+"""
+
 REFUSE = """
 import builtins
 builtins.input = lambda prompt: ""  # the answer is no
@@ -127,7 +192,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def run(code: str, folder: Path, workspace: Path, *arguments: Path) -> str:
+def run(code: str, folder: Path, workspace: Path, *arguments: object) -> str:
     """In a process of its own, where nothing can be downloaded and nothing was loaded before."""
     environment = {
         **os.environ,
@@ -219,6 +284,21 @@ def test_it_loads_without_the_package_and_saves_completely_again(folder, tmp_pat
     code = HIDE_THE_PACKAGE + IS_THERE_AN_AUTO_PROCESSOR + LOAD
     module = run(code, folder, tmp_path, tmp_path / "inputs.pt", tmp_path / "copy")
     assert module.startswith("transformers_modules.")
+
+
+@pytest.mark.slow
+def test_it_trains_without_the_package_and_saves_completely_again(folder, tmp_path):
+    torch.save({"pixel_values": pixels(), **labels()}, tmp_path / "batch.pt")
+    code = HIDE_THE_PACKAGE + IS_THERE_AN_AUTO_PROCESSOR + TRAIN
+    run(code, folder, tmp_path, tmp_path / "batch.pt", tmp_path / "copies")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("origin", ["proscale_hf", "transformers_modules"])
+def test_what_version_0_1_0_saved_still_loads(origin, tmp_path):
+    start = "import sys\nimport proscale_hf\n" if origin == "proscale_hf" else HIDE_THE_PACKAGE
+    expected = FIXTURES / "saved_by_0_1_0_expected.safetensors"
+    run(start + IS_THERE_AN_AUTO_PROCESSOR + LOAD_0_1_0, FIXTURES / "saved_by_0_1_0", tmp_path, expected, origin)
 
 
 @pytest.mark.slow
