@@ -30,9 +30,11 @@ def load_model(name: str | None) -> tuple[Any, Any]:
     """
     import torch
 
-    import proscale_hf
     from proscale_hf.hub.auto_classes import image_processor_class
     from proscale_hf.hub.names import resolve
+    from proscale_hf.models.mask2former.modeling_proscale_mask2former import (
+        ProScaleMask2FormerForUniversalSegmentation as model_class,
+    )
 
     quiet_libraries()
     source = str(DEMO_MODEL) if name is None else name
@@ -41,7 +43,6 @@ def load_model(name: str | None) -> tuple[Any, Any]:
         _check_folder(Path(source))
     with user_errors(exit_code=2):
         resolve(source)  # says so if this is no short name, but looks like one
-    model_class = proscale_hf.ProScaleMask2FormerForUniversalSegmentation
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
