@@ -21,17 +21,16 @@ from typing import NoReturn
 
 try:
     import torch
-    from transformers import EarlyStoppingCallback, HfArgumentParser, TrainerState, TrainingArguments
+    from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArguments
     from transformers.integrations import get_available_reporting_integrations
     from transformers.trainer import TRAINER_STATE_NAME
-    from transformers.trainer_utils import get_last_checkpoint
 
     from proscale_hf.files.whole import write_whole
-    from proscale_hf.training.checkpoint import reading, save_model
+    from proscale_hf.training.checkpoint import choose_checkpoint, save_model
     from proscale_hf.training.optimization import count_steps
     from proscale_hf.training.recipe import Recipe, load_recipe
     from proscale_hf.training.setup import load_datasets, load_model_and_processor, training_set
-    from proscale_hf.training.trainer import SegmentationTrainer, training_settings
+    from proscale_hf.training.trainer import PREFIX, SegmentationTrainer, training_settings
 except ImportError as error:
     sys.exit(f'error: {error}; training needs more packages: pip install "proscale-hf[train]"')
 
@@ -101,21 +100,13 @@ def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
     Raises:
         ValueError: there is no such checkpoint, or there are some, but nothing is said about them.
     """
-    given, output = arguments.resume_from_checkpoint, Path(arguments.output_dir)
-    newest = get_last_checkpoint(output) if output.is_dir() else None
-    if given is None and newest is not None:
-        raise ValueError(
-            f"{output} has checkpoints of another training: add --resume_from_checkpoint last, or choose another folder"
-        )
-    checkpoint = newest if given in (None, "last") else given
+    output, option = Path(arguments.output_dir), "--resume_from_checkpoint last"
+    checkpoint = choose_checkpoint(output, arguments.resume_from_checkpoint, option, PREFIX)
     if checkpoint is None:
         return None
-    state = Path(checkpoint, TRAINER_STATE_NAME)
-    if not state.is_file():
+    if not (checkpoint / TRAINER_STATE_NAME).is_file():
         raise ValueError(f"{checkpoint} is no checkpoint: give a folder checkpoint-N, or the word last")
-    with reading(checkpoint):
-        TrainerState.load_from_json(state)
-    return checkpoint
+    return str(checkpoint)
 
 
 def train(recipe: Recipe, arguments: TrainingArguments) -> None:

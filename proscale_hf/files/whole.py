@@ -11,6 +11,9 @@ from typing import Any, BinaryIO
 from proscale_hf.files.text import one_line
 
 
+UNFINISHED = ".unfinished"
+
+
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
     """Turns what goes wrong with a file into a ValueError that names it."""
@@ -78,6 +81,65 @@ def give_usual_permissions(folder: Path) -> None:
     folder.chmod(usual_folder)
     for path in folder.rglob("*"):
         path.chmod(usual_folder if path.is_dir() else usual_file)
+
+
+@contextlib.contextmanager
+def unfinished_folder(place: Path, accelerator: Any) -> Iterator[Path]:
+    """A hidden folder for what is to become `place`: `.unfinished/NAME` beside it, on the disk of each machine.
+
+    What a process that was killed has left there is removed first. The folder is gone afterwards, whatever happens.
+
+    Args:
+        place: where the caller moves the finished files.
+        accelerator: an `accelerate.Accelerator`; all its processes must call this.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    unfinished = place.parent / UNFINISHED / place.name
+    one_per_machine = accelerator.is_local_main_process
+    if one_per_machine:
+        shutil.rmtree(unfinished.parent, ignore_errors=True)
+    accelerator.wait_for_everyone()  # machines may share a disk: none removes what another has made
+    try:
+        if one_per_machine:
+            unfinished.mkdir(parents=True, exist_ok=True)
+        accelerator.wait_for_everyone()
+        yield unfinished
+        accelerator.wait_for_everyone()
+    finally:
+        if one_per_machine:
+            shutil.rmtree(unfinished.parent, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def folder_replaced_whole(folder: Path, accelerator: Any) -> Iterator[Path]:
+    """An `unfinished_folder` that gets its name when all of it is on the disk; an older `folder` gives way only then.
+
+    Args:
+        folder: where the finished folder goes.
+        accelerator: an `accelerate.Accelerator`; all its processes must call this.
+
+    Raises:
+        OSError: the folder cannot be made, a file did not reach the disk, or the folder cannot be moved.
+    """
+    with unfinished_folder(folder, accelerator) as unfinished:
+        yield unfinished
+        for has_turn in (accelerator.is_main_process, accelerator.is_local_main_process):
+            accelerator.wait_for_everyone()
+            if has_turn and unfinished.is_dir():  # in the second turn, on a disk that the main process does not see
+                flush(unfinished)
+                if folder.exists():
+                    folder.rename(unfinished.with_name("replaced"))
+                unfinished.rename(folder)
+
+
+def flush(folder: Path) -> None:
+    """Wait until all files of a folder are on the disk; a network disk may say only now that it is full."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
 
 
 def check_writable(path: str | os.PathLike) -> None:

@@ -1,18 +1,24 @@
-"""What the plain loop reports, and what it means.
+"""The numbers that a training reports, in the plain loop and in `SegmentationTrainer`.
+
+Losses are means over the steps and processes since the last report:
 
 - `loss`: what is minimised: the terms of all predictions of the mask decoder, each times its weight, summed.
 - `loss_cross_entropy`: of a query's class, "no object" included.
 - `loss_mask`: binary cross-entropy of a matched mask, at sampled points.
 - `loss_dice`: dice loss of a matched mask, at the same points.
 
-The three terms are unweighted, and those of the last prediction, which is the model's result.
+The last three are unweighted. They belong to the last prediction, which is the model's result.
 
-What goes wrong without stopping the training is counted since its start (or since it was resumed), if it happens:
+Faults do not stop the training. They are counted from its start, or from where it was resumed, and reported if there
+are any:
 
 - `non_finite_costs`: costs of matching that were NaN or infinite.
 - `skipped_images`: images that could not be used.
+
+An evaluation has a `headline`, the paper's measures; one of them decides which model is best.
 """
 
+import math
 import resource
 import sys
 from collections.abc import Mapping
@@ -38,6 +44,12 @@ def loss_terms(outputs: Any) -> dict[str, torch.Tensor]:
     """The model's `loss` and the terms of its last prediction, detached."""
     terms = {"loss": outputs.loss, **{name: outputs.loss_dict[name] for name in LOSS_TERMS}}
     return {name: value.detach().float() for name, value in terms.items()}
+
+
+def check_finite(loss: float, step: int) -> None:
+    """Raises a ValueError if the loss at this step is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss} at step {step}: lower the learning rate")
 
 
 class Averages:

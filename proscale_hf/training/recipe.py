@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from proscale_hf.evaluation.agreement import TASKS
 from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
 from proscale_hf.models.mask2former.presets import preset_settings
 
@@ -29,7 +30,6 @@ except ImportError as error:
     raise ImportError('recipes need PyYAML: pip install "proscale-hf[train]"') from error
 
 KIND_KEYS = ("name", "model_type")
-TASKS = ("panoptic", "instance", "semantic")
 
 
 class RecipeError(ValueError):

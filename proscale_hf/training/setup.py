@@ -16,7 +16,7 @@ from proscale_hf.data.augmentation import build_augmentation
 from proscale_hf.data.collate import TrainingTransform, TransformedDataset
 from proscale_hf.data.dataset import SegmentationDataset
 from proscale_hf.data.opening import open_dataset
-from proscale_hf.evaluation.evaluator import choose_tasks
+from proscale_hf.evaluation.agreement import choose_tasks
 from proscale_hf.files.text import one_line
 from proscale_hf.hub.auto_classes import image_processor_class
 from proscale_hf.hub.names import resolved

@@ -1,37 +1,42 @@
 """Training with transformers' `Trainer`: what segmentation adds to it, and what a recipe means in its settings."""
 
-import math
-import os
-import shutil
 from collections.abc import Collection
+from contextlib import ExitStack
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-    from transformers.trainer import TRAINER_STATE_NAME
-    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+    from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 except ImportError as error:
     raise ImportError('training needs accelerate: pip install "proscale-hf[train]"') from error
 
 from proscale_hf.data.collate import collate
 from proscale_hf.evaluation.agreement import choose_tasks
 from proscale_hf.evaluation.evaluator import evaluate
-from proscale_hf.training.checkpoint import flush, reading, writing
+from proscale_hf.training.checkpoint import (
+    check_random_states,
+    checkpoints,
+    delete_old,
+    load_average,
+    reading,
+    save_average,
+    written_whole,
+)
 from proscale_hf.training.ema import create_ema
-from proscale_hf.training.measures import BEST_BY, Averages, count_faults, loss_terms
+from proscale_hf.training.measures import BEST_BY, Averages, check_finite, count_faults, loss_terms
 from proscale_hf.training.metrics import summary
 from proscale_hf.training.optimization import create_optimizer, create_scheduler, split_batch
 from proscale_hf.training.recipe import OptimizationSection, Recipe
 
 
-UNFINISHED = ".unfinished"  # where a checkpoint is written; `Trainer` takes nothing in it for a checkpoint
-AVERAGE_FILE = "average.safetensors"
+PREFIX = f"{PREFIX_CHECKPOINT_DIR}-"
 
 
 class SegmentationTrainer(Trainer):
@@ -41,9 +46,8 @@ class SegmentationTrainer(Trainer):
     steps since the last entry and over all processes. If there are any, it also counts `non_finite_costs` (of matching:
     NaN or infinite) and `skipped_images` (that cannot be read), since the start.
 
-    A checkpoint gets its name, `checkpoint-N`, once all of it is on disk, and only then older ones are deleted. With an
-    average of the weights (`optimization.ema`), it is the average that is evaluated, and that `model` holds after
-    training; checkpoints have both.
+    Checkpoints, `checkpoint-N`, follow the rules of `checkpoint.py`. With an average of the weights
+    (`optimization.ema`), the average is evaluated, and `model` holds it after training.
 
     Args:
         optimization: of a recipe; default: `Trainer`'s own, by its `args`.
@@ -77,7 +81,9 @@ class SegmentationTrainer(Trainer):
             self.args.metric_for_best_model = BEST_BY[choose_tasks(self.eval_dataset, tasks)[0]].lower()
             self.args.greater_is_better = True
         self.averages = Averages()
-        self.is_saving = False
+        self.learning_rate = 0.0
+        self.resumes_from: str | None = None
+        self.resuming = ExitStack()
         self.ema = None
         if optimization is not None and optimization.ema is not None:
             if self.is_fsdp_enabled:
@@ -101,13 +107,24 @@ class SegmentationTrainer(Trainer):
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def _get_learning_rate(self) -> float:
-        """The recipe's, for the log; the backbone's, which comes first, is a share of it."""
-        return max(self.lr_scheduler.get_last_lr())
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
+        """As `Trainer`'s.
 
-    def train(self, *arguments: Any, **options: Any) -> Any:
-        output = super().train(*arguments, **options)
+        Raises:
+            CheckpointError: the checkpoint to resume from is damaged or another model's, or one cannot be written.
+        """
+        if resume_from_checkpoint is True and (found := checkpoints(Path(self.args.output_dir), PREFIX)):
+            resume_from_checkpoint = str(found[-1])
+        self.resumes_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
+        with ExitStack() as self.resuming:  # `SegmentationCallback` closes it when the checkpoint has been read
+            if self.resumes_from is not None:
+                self.resuming.enter_context(reading(self.resumes_from))
+                for file in Path(self.resumes_from).glob("rng_state*.pth"):
+                    check_random_states(file)
+            output = super().train(resume_from_checkpoint, *arguments, **options)
         if self.ema is not None:
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                load_average(self.ema, Path(self.state.best_model_checkpoint), self.model)
             self.model.load_state_dict(self.ema.module.state_dict())
         return output
 
@@ -123,11 +140,9 @@ class SegmentationTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # of training; all processes come here at the same step
-            if not math.isfinite(logs["loss"]):
-                raise ValueError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step}: lower the learning rate"
-                )
+            check_finite(logs["loss"], self.state.global_step)
             logs.update(self.averages.take(self.accelerator) | {"loss": logs["loss"]})
+            logs["learning_rate"] = self.learning_rate
             dataset = getattr(self.train_dataset, "dataset", self.train_dataset)
             logs.update(count_faults(self.accelerator, self.model, dataset))
         super().log(logs, start_time)
@@ -181,88 +196,52 @@ class SegmentationTrainer(Trainer):
         """The model has written one, in `save_pretrained`."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As `Trainer`'s, but written in another folder, and moved to its place when it is whole."""
-        place = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        unfinished = place.parent / UNFINISHED / place.name
-        one_per_disk = self.is_local_process_zero()
-        if one_per_disk:
-            shutil.rmtree(unfinished.parent, ignore_errors=True)  # of a process that was killed
-        self.accelerator.wait_for_everyone()
-        self.is_saving = True
-        try:
-            with writing(place):
-                super()._save_checkpoint(model, trial)
-                self.note_best_checkpoint(place)
-                if self.args.should_save:
-                    self.state.save_to_json(unfinished / TRAINER_STATE_NAME)
-                    if self.ema is not None:
-                        save_file(self.ema.state_dict(), unfinished / AVERAGE_FILE)
-                self.accelerator.wait_for_everyone()
-                if one_per_disk and unfinished.is_dir():  # another node that sees the same disk may have moved it
-                    put_in_place(unfinished, place)
-        finally:
-            self.is_saving = False
-            if one_per_disk:
-                shutil.rmtree(unfinished.parent, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        """As `Trainer`'s, but by the rules of `checkpoint.py`.
+
+        The one private method that is overridden: `Trainer` tells nobody that it is about to write a checkpoint. It
+        writes, uploads and deletes by its arguments; while the checkpoint has no name yet, it sees other arguments.
+        """
+        checkpoint = Path(self._get_output_dir(trial), f"{PREFIX}{self.state.global_step}")
+        with written_whole(self.accelerator, checkpoint) as unfinished:
+            arguments, self.args = self.args, copy(self.args)
+            self.args.output_dir = str(unfinished.parent)
+            self.args.push_to_hub, self.args.save_total_limit = False, None
+            try:
+                super()._save_checkpoint(model, trial=None)
+            finally:
+                self.args = arguments
+            best = checkpoint.with_name(f"{PREFIX}{self.state.best_global_step}")
+            if best == checkpoint or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                self.state.save_to_json(unfinished / TRAINER_STATE_NAME)
+                torch.save(self.args, unfinished / TRAINING_ARGS_NAME)
+                if self.ema is not None:
+                    save_average(self.ema, unfinished)
         if self.args.push_to_hub:
-            self._push_from_checkpoint(str(place))
-        if self.args.should_save:
-            rotate_checkpoints(
-                str(place.parent), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-            )
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return os.path.join(folder, UNFINISHED) if self.is_saving else folder
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self.is_saving:  # else it is not in its place yet
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def note_best_checkpoint(self, place: Path) -> None:
-        """Set `state.best_model_checkpoint`, if the best is the one being saved, or saved already."""
-        best = place.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-        if best == place or best.is_dir():
-            self.state.best_model_checkpoint = str(best)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with reading(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            self.load_average(resume_from_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with reading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with reading(checkpoint):
-            super()._load_rng_state(checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self.load_average(self.state.best_model_checkpoint)
-
-    def load_average(self, checkpoint: str) -> None:
-        """Restore the average of the weights; it begins anew with a checkpoint that has none."""
-        if self.ema is None:
-            return
-        file = Path(checkpoint, AVERAGE_FILE)
-        if file.is_file():
-            self.ema.load_state_dict(load_file(file))
-        else:
-            self.ema.module.load_state_dict(self.model.state_dict())
+            self._push_from_checkpoint(str(checkpoint))
+        if self.args.should_save and (self.args.save_total_limit or 0) > 0:
+            needed = [checkpoint, Path(self.state.best_model_checkpoint or checkpoint)]
+            delete_old(checkpoints(checkpoint.parent, PREFIX), self.args.save_total_limit, needed)
 
 
 class SegmentationCallback(TrainerCallback):
-    """What `SegmentationTrainer` does at each epoch and step.
+    """What `SegmentationTrainer` does at the start, at each epoch and at each step.
 
     Args:
-        trainer: it.
+        trainer: the trainer that has this callback.
     """
 
     def __init__(self, trainer: SegmentationTrainer):
         self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **references: Any
+    ) -> None:
+        trainer = self.trainer
+        if trainer.ema is not None and trainer.resumes_from is not None:
+            load_average(trainer.ema, Path(trainer.resumes_from), trainer.model)
+        trainer.resuming.close()
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **references: Any
@@ -270,6 +249,12 @@ class SegmentationCallback(TrainerCallback):
         dataset = self.trainer.train_dataset
         if hasattr(dataset, "set_epoch"):  # with several processes, accelerate's data loader does not
             dataset.set_epoch(int(state.epoch or 0))
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **references: Any
+    ) -> None:
+        # The recipe's, for the log. `Trainer` would log the first group's, the backbone's, which is a share of it.
+        self.trainer.learning_rate = max(self.trainer.lr_scheduler.get_last_lr())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **references: Any
@@ -325,15 +310,3 @@ def training_settings(recipe: Recipe, processes: int) -> dict[str, Any]:
             "eval_steps": evaluation.every,
         }
     return settings
-
-
-def put_in_place(folder: Path, place: Path) -> None:
-    """Move a finished folder to `place`; one that is there already is replaced.
-
-    Raises:
-        OSError: a file did not reach the disk, or the folder cannot be moved.
-    """
-    flush(folder)
-    if place.exists():
-        place.rename(folder.with_name("replaced"))
-    folder.rename(place)
