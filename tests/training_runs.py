@@ -1,8 +1,13 @@
 """Trainings small enough for a test: their recipe, with scenes to train on, and what they leave."""
 
+import importlib.util
 import json
 import os
+import signal
+import sys
 import time
+from dataclasses import dataclass
+from unittest import mock
 
 import torch
 import yaml
@@ -11,8 +16,6 @@ from safetensors.torch import load_file
 from demo_scenes import DemoScenes, write_scenes
 from paths import EXAMPLES, ROOT
 
-
-SCRIPT = EXAMPLES / "train_accelerate.py"
 
 TINY = {
     "base": str(EXAMPLES / "configs" / "demo_scenes.yaml"),
@@ -56,10 +59,71 @@ def environment(**more):
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
 
 
+@dataclass(frozen=True)
+class Script:
+    """One of the two scripts that train by a recipe."""
+
+    name: str
+    prefix: str  # of its checkpoints
+    digits: int
+    options: tuple[str, ...]
+    to_resume: tuple[str, ...]
+
+    @property
+    def path(self):
+        return EXAMPLES / f"{self.name}.py"
+
+    def words(self, recipe, output, *words):
+        place = () if output is None else ("--output_dir", output)
+        return list(map(str, [self.path, "--config", recipe, *place, *self.options, *words]))
+
+    def run(self, recipe, output, *words, **replacements):
+        """In this process; `replacements` take the place of what the script has imported."""
+        from accelerate.state import AcceleratorState, GradientState
+
+        specification = importlib.util.spec_from_file_location(self.name, self.path)
+        module = importlib.util.module_from_spec(specification)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        sys.modules[self.name] = module  # where dataclasses look for it
+        try:
+            specification.loader.exec_module(module)
+            vars(module).update(replacements)
+            with mock.patch.object(sys, "argv", self.words(recipe, output, *words)):
+                module.main()
+        finally:
+            del sys.modules[self.name]
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+
+    def checkpoint(self, output, step):
+        """The folder of a checkpoint."""
+        return output / f"{self.prefix}{step:0{self.digits}d}"
+
+    def log_of(self, output, name="loss"):
+        """A value by step, as it was logged."""
+        if self is LOOP:
+            return log_of(output, name)
+        history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+        return {entry["step"]: entry[name] for entry in history if name in entry}
+
+
+LOOP = Script("train_accelerate", "checkpoints/step-", 8, (), ("--resume",))
+TRAINER = Script(
+    "train", "checkpoint-", 1, ("--disable_tqdm", "true", "--use_cpu"), ("--resume_from_checkpoint", "last")
+)
+
+
 def log_of(output, name="loss"):
-    """A value by step, as it was logged."""
+    """A value by step, as the plain loop logged it."""
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     return {line["step"]: line[name] for line in lines if name in line}
+
+
+def files_of(folder):
+    """Contents by path."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def same_weights(first, second):

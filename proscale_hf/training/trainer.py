@@ -90,6 +90,7 @@ class SegmentationTrainer(Trainer):
                 raise ValueError("an average of sharded weights is not possible: set optimization.ema to null")
             self.ema = create_ema(self.model, optimization.ema)
         self.add_callback(SegmentationCallback(self))
+        self.callback_handler.callbacks.insert(0, ResumedCallback(self))  # first: others' errors are not its business
 
     # Optimization
 
@@ -116,7 +117,7 @@ class SegmentationTrainer(Trainer):
         if resume_from_checkpoint is True and (found := checkpoints(Path(self.args.output_dir), PREFIX)):
             resume_from_checkpoint = str(found[-1])
         self.resumes_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
-        with ExitStack() as self.resuming:  # `SegmentationCallback` closes it when the checkpoint has been read
+        with ExitStack() as self.resuming:  # `ResumedCallback` closes it when the checkpoint has been read
             if self.resumes_from is not None:
                 self.resuming.enter_context(reading(self.resumes_from))
                 for file in Path(self.resumes_from).glob("rng_state*.pth"):
@@ -225,8 +226,8 @@ class SegmentationTrainer(Trainer):
             delete_old(checkpoints(checkpoint.parent, PREFIX), self.args.save_total_limit, needed)
 
 
-class SegmentationCallback(TrainerCallback):
-    """What `SegmentationTrainer` does at the start, at each epoch and at each step.
+class ResumedCallback(TrainerCallback):
+    """Comes when `Trainer` has read the checkpoint: what goes wrong from now on is not the checkpoint's fault.
 
     Args:
         trainer: the trainer that has this callback.
@@ -242,6 +243,17 @@ class SegmentationCallback(TrainerCallback):
         if trainer.ema is not None and trainer.resumes_from is not None:
             load_average(trainer.ema, Path(trainer.resumes_from), trainer.model)
         trainer.resuming.close()
+
+
+class SegmentationCallback(TrainerCallback):
+    """What `SegmentationTrainer` does at each epoch and step.
+
+    Args:
+        trainer: the trainer that has this callback.
+    """
+
+    def __init__(self, trainer: SegmentationTrainer):
+        self.trainer = trainer
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **references: Any

@@ -22,8 +22,8 @@ pytest.importorskip("accelerate")
 import psutil
 
 from proscale_hf import ProScaleMask2FormerForUniversalSegmentation
-from proscale_hf.training import checkpoint
-from training_runs import EXAMPLES, SCRIPT, environment, log_of, wait_for, write_recipe
+from proscale_hf.training.checkpoint import checkpoints
+from training_runs import EXAMPLES, LOOP, environment, log_of, wait_for, write_recipe
 
 
 pytestmark = [
@@ -79,7 +79,7 @@ def recipe(tmp_path_factory):
 
 def command(processes, recipe, output, *arguments, script=(), config="8_gpus.yaml"):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
-    launch += ["--num_processes", str(processes), "--main_process_port", "0", *map(str, script), str(SCRIPT)]
+    launch += ["--num_processes", str(processes), "--main_process_port", "0", *map(str, script), str(LOOP.path)]
     return [*launch, "--config", str(recipe), "--output_dir", str(output), "data.validation=null", *arguments]
 
 
@@ -128,7 +128,7 @@ def test_two_processes_resume(recipe, tmp_path):
     output = tmp_path / "out"
     finished(2, recipe, output, "checkpoint.every=3", "model.config.dropout=0.1")
     whole, weights = log_of(output), load_file(output / "model.safetensors")
-    checkpoint.checkpoints(output)[-1].rename(tmp_path / "taken-away")
+    checkpoints(output)[-1].rename(tmp_path / "taken-away")
     finished(2, recipe, output, "checkpoint.every=3", "model.config.dropout=0.1", "--resume")
     assert log_of(output) == pytest.approx(whole, abs=1e-5)
     torch.testing.assert_close(load_file(output / "model.safetensors"), weights, rtol=0, atol=1e-6)
@@ -141,7 +141,7 @@ def test_sharded_training_is_the_same_and_resumes(recipe, tmp_path):
     arguments = ["checkpoint.every=3", "optimization.precision=bf16"]
     finished(2, recipe, tmp_path / "whole", *arguments)
     finished(2, recipe, tmp_path / "sharded", *arguments, **sharded)
-    checkpoint.checkpoints(tmp_path / "sharded")[-1].rename(tmp_path / "taken-away")
+    checkpoints(tmp_path / "sharded")[-1].rename(tmp_path / "taken-away")
     assert (tmp_path / "taken-away" / "pytorch_model_fsdp.bin").is_file()
     finished(2, recipe, tmp_path / "sharded", *arguments, "--resume", **sharded)
     assert log_of(tmp_path / "sharded") == pytest.approx(log_of(tmp_path / "whole"), rel=1e-5)
@@ -156,14 +156,14 @@ def test_sharded_training_is_the_same_and_resumes(recipe, tmp_path):
 def test_a_killed_process_ends_all(recipe, tmp_path):
     output = tmp_path / "out"
     with started(recipe, output, *LONG) as launcher:
-        wait_for(lambda: checkpoint.checkpoints(output), launcher)
+        wait_for(lambda: checkpoints(output), launcher)
         workers = psutil.Process(launcher.pid).children()
         assert len(workers) == 2
         workers[1].kill()
         launcher.communicate(timeout=90)
     assert launcher.returncode != 0
     assert not psutil.wait_procs(workers, timeout=10)[1]
-    steps = int(checkpoint.checkpoints(output)[-1].name.removeprefix("step-"))
+    steps = int(checkpoints(output)[-1].name.removeprefix("step-"))
     before = log_of(output)
     finished(2, recipe, output, f"optimization.max_steps={steps + 1}", "checkpoint.every=3", "--resume")
     assert list(log_of(output))[-1] == steps + 1 and before.items() <= {**log_of(output), **before}.items()
@@ -176,7 +176,7 @@ def test_a_signal_stops_all_after_the_same_step(recipe, tmp_path):
         launcher.send_signal(signal.SIGTERM)
         errors = launcher.communicate(timeout=90)[1]
     assert launcher.returncode != 0
-    [folder] = checkpoint.checkpoints(output)
+    [folder] = checkpoints(output)
     step = int(folder.name.removeprefix("step-"))
     assert f"error: stopped by a signal after step {step}, all is saved" in errors
     finished(2, recipe, output, f"optimization.max_steps={step + 1}", "--resume")

@@ -6,6 +6,10 @@ from torch import nn
 
 from helpers import tiny_config
 from proscale_hf import ProScaleMask2FormerForUniversalSegmentation
+
+
+pytest.importorskip("datasets")
+
 from proscale_hf.training.optimization import (
     count_steps,
     create_optimizer,

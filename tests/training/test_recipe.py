@@ -10,6 +10,10 @@ from paths import ROOT
 from proscale_hf import ProScaleMask2FormerConfig, ProScaleMask2FormerForUniversalSegmentation
 from proscale_hf.data.categories import load_categories
 from proscale_hf.models.mask2former.presets import preset_settings
+
+
+pytest.importorskip("datasets")
+
 from proscale_hf.training.recipe import Recipe, RecipeError, load_recipe
 
 

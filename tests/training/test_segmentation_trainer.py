@@ -2,22 +2,18 @@
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
-from helpers import TINY_RESNET, TINY_SWIN, tiny_model
+from helpers import TINY_RESNET, TINY_SWIN
 from proscale_hf import ProScaleMask2FormerForUniversalSegmentation, ProScaleMask2FormerImageProcessorPil
 
 
@@ -28,54 +24,13 @@ pytest.importorskip("pycocotools")
 
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from proscale_hf.data.collate import TrainingTransform, TransformedDataset, collate
-from proscale_hf.data.sample import Sample
+from proscale_hf.data.collate import TrainingTransform, TransformedDataset
 from proscale_hf.evaluation.evaluator import evaluate
 from proscale_hf.training.checkpoint import CheckpointError
 from proscale_hf.training.measures import LOSS_TERMS
-from proscale_hf.training.metrics import SegmentationMetrics
 from proscale_hf.training.recipe import DataSection, OptimizationSection, Recipe, RecipeError
 from proscale_hf.training.trainer import SegmentationTrainer, training_settings
-
-
-CATEGORIES = [
-    {"id": 7, "name": "red", "isthing": 1, "color": [255, 0, 0]},
-    {"id": 3, "name": "green", "isthing": 1, "color": [0, 255, 0]},
-    {"id": 9, "name": "blue", "isthing": 1, "color": [0, 0, 255]},
-    {"id": 1, "name": "ground", "isthing": 0, "color": [9, 9, 9]},
-]
-SIZES = [(64, 80), (50, 64), (64, 64), (40, 90), (64, 72)]
-
-
-class Squares(torch.utils.data.Dataset):
-    """Pictures with coloured squares (things) on dark ground (stuff), with a void stripe at the left."""
-
-    categories = CATEGORIES
-    source = SimpleNamespace(tasks=("panoptic", "instance", "semantic"))
-    on_error = "raise"
-
-    def __init__(self, images: int = len(SIZES), skipped: Sequence[str] = ()):
-        self.images = images
-        self.skipped = list(skipped)
-
-    def __len__(self) -> int:
-        return self.images
-
-    def __getitem__(self, index: int) -> Sample:
-        random = np.random.default_rng(index)
-        height, width = SIZES[index % len(SIZES)]
-        image = random.integers(0, 50, (height, width, 3), dtype=np.uint8)
-        segment_map = np.full((height, width), 1, dtype=np.int32)
-        segments = [{"id": 1, "label_id": 3, "iscrowd": 0}]
-        for label in range(1 + index % 3):
-            top, left = random.integers(0, height - 16), 4 + 24 * label
-            image[top : top + 16, left : left + 16, label] = 200
-            segment_map[top : top + 16, left : left + 16] = label + 2
-            segments.append({"id": label + 2, "label_id": label, "iscrowd": 0})
-        segment_map[:, :2] = 0
-        return Sample(Image.fromarray(image), index, f"{index}.png", segments, segment_map)
-
-    read = __getitem__
+from squares import Squares, model_of_squares
 
 
 def random_flip(image: torch.Tensor, planes: torch.Tensor, class_labels: torch.Tensor) -> tuple:
@@ -85,14 +40,6 @@ def random_flip(image: torch.Tensor, planes: torch.Tensor, class_labels: torch.T
 @pytest.fixture
 def processor() -> ProScaleMask2FormerImageProcessorPil:
     return ProScaleMask2FormerImageProcessorPil(do_resize=False, label_ids_to_fuse=[3])
-
-
-def model_of_squares(seed: int = 0, **changes: Any) -> ProScaleMask2FormerForUniversalSegmentation:
-    """A model that sees ground everywhere, so that untrained it has some quality."""
-    names = {label: category["name"] for label, category in enumerate(CATEGORIES)}
-    model = tiny_model(seed, id2label=names, categories=CATEGORIES, **changes)
-    model.class_predictor.bias.data[3] += 3
-    return model
 
 
 def make_trainer(
@@ -134,26 +81,22 @@ def logged(trainer: Trainer, name: str) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("step", [2, 4])  # in the first epoch, and in the second one, whose flips are others
-def test_a_resumed_training_takes_the_same_path(processor, tmp_path, step, workers):
+def test_a_resumed_training_takes_the_same_path(processor, tmp_path, workers):
+    """From the first epoch, and from the second one, whose flips are others."""
     optimization = OptimizationSection(learning_rate=1e-3, max_steps=5, batch_size=2, ema=0.9)
     options = {"optimization": optimization, "dataloader_num_workers": workers}
     whole = make_trainer(tmp_path, processor, **options)
     whole.train()
-    resumed = make_trainer(tmp_path / "resumed", processor, model_of_squares(seed=1), **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-
-    for name in ("loss", "loss_cross_entropy", "loss_mask", "loss_dice", "grad_norm", "learning_rate"):
-        assert len(logged(whole, name)) == 5
-        np.testing.assert_allclose(logged(resumed, name), logged(whole, name), rtol=0, atol=1e-5)
-    assert resumed.ema.n_averaged == whole.ema.n_averaged == 5
-    for actual, expected in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
-        torch.testing.assert_close(actual, expected)
+    for step in (2, 4):
+        resumed = make_trainer(tmp_path / f"from-{step}", processor, model_of_squares(seed=1), **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        for name in ("loss", "loss_cross_entropy", "loss_mask", "loss_dice", "grad_norm", "learning_rate"):
+            assert len(logged(whole, name)) == 5
+            np.testing.assert_allclose(logged(resumed, name), logged(whole, name), rtol=0, atol=1e-5)
+        assert resumed.ema.n_averaged == whole.ema.n_averaged == 5
+        for actual, expected in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+            torch.testing.assert_close(actual, expected)
 
 
 def test_each_epoch_is_augmented_anew(processor, tmp_path):
@@ -192,15 +135,6 @@ def test_faults_are_counted_in_the_log(processor, tmp_path):
     trainer.train()
     assert logged(trainer, "skipped_images") == [2]
     assert logged(trainer, "non_finite_costs") == [3]
-
-
-def test_a_loss_that_is_no_number_stops_the_training(processor, tmp_path):
-    model = model_of_squares()
-    model.class_predictor.bias.data.fill_(torch.nan)
-    trainer = make_trainer(tmp_path, processor, model, logging_nan_inf_filter=False, logging_steps=4)
-    with pytest.raises(ValueError, match="the loss is nan at step 2: lower the learning rate"):
-        trainer.train()
-    assert not any(tmp_path.glob("checkpoint-*"))
 
 
 def test_evaluation_is_the_evaluators(processor, tmp_path):
@@ -294,31 +228,6 @@ def test_the_average_is_evaluated_and_returned(processor, tmp_path, backbone):
     torch.testing.assert_close(trainer.model.get_parameter(name), trainer.ema.module.get_parameter(name))
 
 
-@pytest.mark.parametrize("largest", ["model.safetensors", "optimizer.pt"])
-def test_a_full_disk_leaves_the_checkpoint_before_it_whole(processor, tmp_path, largest):
-    """After the first checkpoint no file can become as large as the one that is named."""
-    trainer = make_trainer(tmp_path, processor, save_steps=1, save_total_limit=1)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = {}
-
-    class FullDisk(TrainerCallback):
-        def on_save(self, args, state, control, **references):
-            before.update(files_of(tmp_path / "checkpoint-1"))
-            resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[largest]) - 1000, limits[1]))
-
-    trainer.add_callback(FullDisk())
-    try:
-        with pytest.raises(CheckpointError, match=r"cannot write .*checkpoint-2: .*; what was saved before is whole"):
-            trainer.train()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    assert files_of(tmp_path / "checkpoint-1") == before
-    resumed = make_trainer(tmp_path, processor)
-    resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == 5
-
-
 def test_a_killed_save_is_no_checkpoint(processor, tmp_path):
     """Whatever a killed process leaves is not resumed from, and is gone after the next checkpoint."""
     make_trainer(tmp_path, processor, max_steps=2).train()
@@ -338,112 +247,39 @@ def test_a_checkpoint_of_that_name_is_replaced(processor, tmp_path):
     assert not (old / "other").exists() and (old / "optimizer.pt").exists()
 
 
+def test_faults_of_other_callbacks_are_not_the_checkpoints(processor, tmp_path):
+    class Tracker(TrainerCallback):
+        def on_train_begin(self, args, state, control, **references):
+            raise ValueError("no connection")
+
+    make_trainer(tmp_path, processor, max_steps=2).train()
+    with pytest.raises(ValueError, match=r"^no connection$"):
+        make_trainer(tmp_path, processor, callbacks=[Tracker()]).train(resume_from_checkpoint=True)
+
+
+def test_an_average_begins_with_the_weights_of_a_checkpoint_without_one(processor, tmp_path):
+    make_trainer(tmp_path, processor, max_steps=2).train()
+    optimization = OptimizationSection(learning_rate=1e-3, max_steps=5, batch_size=2, ema=0.9)
+    trainer = make_trainer(tmp_path, processor, model_of_squares(seed=1), optimization, max_steps=2)
+    trainer.train(resume_from_checkpoint=True)
+    saved = ProScaleMask2FormerForUniversalSegmentation.from_pretrained(tmp_path / "checkpoint-2")
+    for actual, expected in zip(trainer.ema.module.parameters(), saved.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_what_a_checkpoint_says_of_itself_is_true_in_its_place(processor, tmp_path):
+    trainer = make_trainer(tmp_path, processor, max_steps=2, save_total_limit=3)
+    trainer.train()
+    arguments = torch.load(tmp_path / "checkpoint-2" / "training_args.bin", weights_only=False)
+    assert arguments.output_dir == trainer.args.output_dir == str(tmp_path)
+    assert arguments.save_total_limit == trainer.args.save_total_limit == 3
+
+
 def test_a_checkpoint_of_another_model_is_refused(processor, tmp_path):
     make_trainer(tmp_path, processor, max_steps=2).train()
     trainer = make_trainer(tmp_path, processor, model_of_squares(num_queries=3))
     with pytest.raises(CheckpointError, match=r"cannot resume from .*checkpoint-2"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_metrics_of_a_plain_trainer(processor, tmp_path, packed):
-    """The same as an evaluation at the original size, which is the size of these batches."""
-
-    def with_mask_labels(samples: list[Sample]) -> dict:
-        return processor(
-            [sample.image for sample in samples],
-            segmentation_maps=[sample.segment_map for sample in samples],
-            instance_id_to_semantic_id=[{s["id"]: s["label_id"] for s in sample.segments} for sample in samples],
-            return_tensors="pt",
-        ).data
-
-    processor.ignore_index = 0
-    dataset = TransformedDataset(Squares(), TrainingTransform(None, processor)) if packed else Squares()
-    trainer = Trainer(
-        model=model_of_squares(),
-        args=TrainingArguments(
-            output_dir=str(tmp_path),
-            batch_eval_metrics=True,
-            include_for_metrics=["inputs"],
-            label_names=["class_labels"],
-            per_device_eval_batch_size=2,
-            remove_unused_columns=False,
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            report_to="none",
-            disable_tqdm=True,
-        ),
-        eval_dataset=dataset,
-        data_collator=collate if packed else with_mask_labels,
-        compute_metrics=SegmentationMetrics(processor, CATEGORIES),
-    )
-    expected = evaluate(trainer.model, processor, Squares(), tasks=("panoptic", "semantic"), batch_size=2)
-    for _ in range(2):  # the second time begins anew
-        metrics = trainer.evaluate()
-        assert np.isfinite(metrics["eval_loss"])
-        assert metrics["eval_pq"] == pytest.approx(expected["panoptic"]["All"]["pq"])
-        assert metrics["eval_miou"] == pytest.approx(expected["semantic"]["mIoU"])
-    assert metrics["eval_miou"] > 0
-
-
-def prediction_of(masks: torch.Tensor, labels: list[int]) -> SimpleNamespace:
-    """A batch of one image whose objects (objects, height, width) are predicted as they are."""
-    class_logits = torch.full((1, len(labels), len(CATEGORIES) + 1), -9.0)
-    class_logits[0, torch.arange(len(labels)), labels] = 9.0
-    mask_logits = masks[None, :, ::4, ::4].float() * 18 - 9
-    inputs = {"mask_labels": [masks], "class_labels": [torch.tensor(labels)]}
-    return SimpleNamespace(predictions=(class_logits, mask_logits), inputs=inputs)
-
-
-def size_of(value: Any) -> int:
-    """Bytes of numbers and arrays in a measure's state."""
-    if isinstance(value, dict):
-        return sum(map(size_of, value.values()))
-    if isinstance(value, list | tuple):
-        return sum(map(size_of, value))
-    return np.asarray(value).nbytes
-
-
-def test_metrics_keep_nothing_of_an_image(processor):
-    masks = torch.zeros((2, 64, 64), dtype=torch.uint8)
-    masks[0, :32, :32] = masks[1, 32:] = 1
-    metrics = SegmentationMetrics(processor, CATEGORIES)
-
-    def state() -> int:
-        return size_of([measure.state() for measure in metrics.evaluator.measures.values()])
-
-    metrics(prediction_of(masks, [0, 3]), compute_result=False)
-    after_one = state()
-    for _ in range(20):
-        metrics(prediction_of(masks, [0, 3]), compute_result=False)
-    assert state() == after_one
-    assert metrics(prediction_of(masks, [0, 3]), compute_result=True)["pq"] == pytest.approx(1.0, abs=1e-3)
-
-
-def test_metrics_say_what_they_lack(processor):
-    masks = torch.zeros((1, 64, 64), dtype=torch.uint8)
-    metrics = SegmentationMetrics(processor, CATEGORIES)
-    prediction = prediction_of(masks, [0])
-    with pytest.raises(ValueError, match="include_for_metrics"):
-        metrics(SimpleNamespace(predictions=prediction.predictions, inputs=None), compute_result=True)
-    twice = tuple(logits.repeat_interleave(2, 0) for logits in prediction.predictions)
-    with pytest.raises(ValueError, match="one process"):
-        metrics(SimpleNamespace(predictions=twice, inputs=prediction.inputs), compute_result=True)
-
-
-def test_metrics_of_instances_that_overlap(processor):
-    masks = torch.zeros((2, 64, 64), dtype=torch.uint8)
-    masks[0, :32], masks[1, 16:48] = 1, 1
-    metrics = SegmentationMetrics(processor, CATEGORIES, tasks=("instance",))
-    one = prediction_of(masks, [0, 1])
-    assert metrics(one, compute_result=True)["ap"] == pytest.approx(1.0)
-    two = SimpleNamespace(
-        predictions=tuple(logits.repeat_interleave(2, 0) for logits in one.predictions),
-        inputs={name: values * 2 for name, values in one.inputs.items()},
-    )
-    assert metrics(two, compute_result=True)["ap"] == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="overlap"):
-        SegmentationMetrics(processor, CATEGORIES)(prediction_of(masks, [0, 1]), compute_result=True)
 
 
 @pytest.mark.slow
