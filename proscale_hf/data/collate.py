@@ -1,6 +1,6 @@
 """From samples to batches for training: augment, normalise as at inference, collate.
 
-Targets stay packed masks (`packed_masks.py`) all the way: 200 objects at 1024 x 1024 are 27 MB.
+Targets stay packed masks (`packed_masks.py`) all the way: the masks of 200 objects at 1024 x 1024 take 27 MB.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,10 +17,10 @@ class TrainingTransform:
     """Makes a training example of a sample.
 
     Args:
-        augmentation: what `build_augmentation` gives, or anything else that takes an image, its packed masks and its
-            class labels, and gives image and packed masks. None: images stay as they are, also in size.
-        image_processor: rescales and normalises, so that training sees the values that inference sees. Its resizing
-            and padding are not used.
+        augmentation: what `build_augmentation` gives, or another function that takes an image, its packed masks and
+            its class labels, and gives image and packed masks. None: images keep their content and size.
+        image_processor: it rescales and normalises, so that training sees the values that inference sees. Its
+            resizing and padding are not used.
     """
 
     def __init__(self, augmentation: Callable | None, image_processor: Any):
@@ -30,8 +30,8 @@ class TrainingTransform:
     def __call__(self, sample: Sample) -> dict[str, torch.Tensor]:
         """
         Returns:
-            `pixel_values` (3, height, width) float32, `packed_masks` (planes, height, width) uint8 and `class_labels`
-            (objects,) int64 of the objects that still have pixels. There may be none.
+            `pixel_values` (3, height, width) float32, and of the objects that still have pixels, which may be none,
+            `packed_masks` (planes, height, width) uint8 and `class_labels` (objects,) int64.
         """
         image = torch.from_numpy(np.array(sample.image)).permute(2, 0, 1)  # (3, height, width)
         planes, class_labels = sample.packed_masks()
@@ -56,9 +56,9 @@ class TransformedDataset(torch.utils.data.Dataset):
     So an epoch is the same with any number of workers and processes, and after resuming in the middle of it.
 
     Args:
-        dataset: has a length and gives a sample for an index.
-        transform: called with a sample; draws from torch's CPU generator.
-        seed: of the whole training.
+        dataset: it has a length and gives a sample for an index.
+        transform: it is called with a sample, and draws from torch's CPU generator.
+        seed: the seed of the whole training.
     """
 
     def __init__(self, dataset: Sequence, transform: Callable, seed: int = 0):
@@ -68,7 +68,7 @@ class TransformedDataset(torch.utils.data.Dataset):
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # so that workers that live on see it change
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the random numbers of an epoch. To be called before each one: else all epochs are augmented alike."""
+        """Choose the random numbers of an epoch. Without a call before each epoch, all are augmented alike."""
         self.epoch.fill_(epoch)
 
     def __len__(self) -> int:

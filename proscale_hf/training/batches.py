@@ -16,17 +16,18 @@ def training_batches(
     dataset: TransformedDataset, recipe: Recipe, device_batch_size: int, first_step: int, rank: int, processes: int
 ) -> Iterator[dict[str, Any]]:
     """
-    Batches without end. Each epoch is shuffled anew, and its last images, too few for a whole update, are left out.
+    Give batches without end. Each epoch is shuffled anew. Its last images are left out if they are too few for an
+    update.
 
     The images of an update do not depend on the number of processes, if `device_batch_size` times that number is the
     recipe's batch size.
 
     Args:
-        dataset: images, see `proscale_hf.training.setup.training_set`; enough for an update.
-        recipe: batch size, seed and workers.
+        dataset: images, see `proscale_hf.training.setup.training_set`; it has enough of them for an update.
+        recipe: it gives batch size, seed and workers.
         device_batch_size: images per batch.
         first_step: updates that were done before.
-        rank: of this process.
+        rank: number of this process.
         processes: how many train together.
 
     Yields:

@@ -7,15 +7,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 def create_ema(model: nn.Module, decay: float, device: torch.device | None = None) -> AveragedModel:
     """
+    Start the average of a model's weights.
+
     Args:
-        model: not wrapped for several processes; its copy is what is averaged.
-        decay: the average keeps this share of itself in each update, and less in the first ones, so that the initial
-            weights are soon forgotten: (1 + n) / (10 + n) after n updates.
-        device: of the average; the model's if not given.
+        model: the model, not wrapped for several processes. The average is a copy of it.
+        decay: the share of itself that the average keeps in each update. In the first updates it keeps less, so that
+            the initial weights are soon forgotten: (1 + n) / (10 + n) after n updates.
+        device: where the average is; by default where the model is.
 
     Returns:
-        The average, whose `update_parameters(model)` is to be called after each update, and whose `module` is the
-        averaged model. Buffers are the model's own.
+        The average. Call its `update_parameters(model)` after each update; its `module` is the averaged model. Its
+        buffers are not averaged: they are the model's.
     """
 
     def average(averaged: list[Tensor], current: list[Tensor], _: Tensor | int) -> None:

@@ -53,7 +53,7 @@ def check_finite(loss: float, step: int) -> None:
 
 
 class Averages:
-    """Means of what is added, over time and processes; values stay on their device until they are asked for."""
+    """Means over time and over processes. Values stay on their device until somebody asks for the means."""
 
     def __init__(self):
         self.sums: dict[str, torch.Tensor] = {}
@@ -74,10 +74,10 @@ class Averages:
 
 
 def count_faults(accelerator: Any, model: Any, dataset: Any) -> dict[str, int]:
-    """`non_finite_costs` and `skipped_images` over all processes, which must call this together; those above 0.
+    """Count `non_finite_costs` and `skipped_images` over all processes; counts of 0 are left out.
 
     Args:
-        accelerator: an `accelerate.Accelerator`.
+        accelerator: an `accelerate.Accelerator`; all its processes must call this together.
         model: as the accelerator prepared it, or not prepared.
         dataset: the `SegmentationDataset` that the training reads.
     """
@@ -87,12 +87,12 @@ def count_faults(accelerator: Any, model: Any, dataset: Any) -> dict[str, int]:
 
 
 def skipped_images(dataset: Any) -> list[str]:
-    """The files that were left out of a `SegmentationDataset`; all processes must call this together."""
+    """The files of a `SegmentationDataset` that no process could use. All processes must call this together."""
     return sorted(set(gather_object(getattr(dataset, "skipped", []))))
 
 
 def headline(results: Mapping[str, Any]) -> dict[str, float]:
-    """The main numbers of an evaluation by their usual names: PQ, SQ, ..., AP, mIoU; `skipped_images` if there are."""
+    """The main numbers of an evaluation by their usual names: PQ, SQ, ..., AP, mIoU; `skipped_images` if any were."""
     numbers = {
         name: float(reduce(lambda level, key: level[key], path, results))
         for name, path in MEASURES.items()
@@ -102,12 +102,12 @@ def headline(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def best_measure(results: Mapping[str, Any]) -> str:
-    """Which of `headline` decides about the best model: that of the first task that was evaluated."""
+    """The name of the measure that decides which model is best: that of the first task that was evaluated."""
     return BEST_BY[next(task for task in results if task in BEST_BY)]
 
 
 def peak_memory(device: torch.device) -> float:
-    """Gigabytes (1e9 bytes) at most so far: of the GPU's memory, or else of this process."""
+    """The most memory that was in use so far, in gigabytes (1e9 bytes): on the GPU, or else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

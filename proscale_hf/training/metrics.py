@@ -37,7 +37,7 @@ class SegmentationMetrics:
     precision the scores of what was predicted.
 
     Args:
-        image_processor: post-processes the logits.
+        image_processor: it post-processes the logits.
         categories: COCO-panoptic category dicts with "id", "name" and "isthing", in label order.
         tasks: some of "panoptic", "instance" and "semantic". Where objects overlap, "instance" is the only one.
     """
@@ -56,14 +56,15 @@ class SegmentationMetrics:
         Args:
             prediction: `EvalPrediction` of one batch; its `inputs` have `class_labels`, and `mask_labels` or
                 `packed_masks`.
-            compute_result: this is the last batch.
+            compute_result: whether this is the last batch.
 
         Returns:
-            After the last batch, measures of all as `SegmentationTrainer.evaluate` names them, without the prefix.
+            After the last batch, the measures of all batches, named as by `SegmentationTrainer.evaluate`, without the
+            prefix. Before, None.
 
         Raises:
-            ValueError: the batches are not there or not this process's alone, or objects overlap, but not only
-                instances are measured.
+            ValueError: `Trainer` did not hand over the inputs, several processes evaluate, or objects overlap though
+                other tasks than "instance" are measured.
         """
         inputs = prediction.inputs
         if inputs is None:
@@ -115,9 +116,9 @@ class SegmentationMetrics:
 
 
 def summary(results: Mapping[str, Any]) -> dict[str, float]:
-    """The main numbers of an evaluation by names that `Trainer` and its callbacks are used to.
+    """The main numbers of an evaluation, named in `Trainer`'s style.
 
     Returns:
-        `pq`, `sq`, `rq`, `pq_things`, `pq_stuff`, `ap`, `ap50`, `miou`, those that belong to the tasks.
+        The measures of the tasks: `pq`, `sq`, `rq`, `pq_things`, `pq_stuff`, `ap`, `ap50`, `miou`.
     """
     return {name.lower().replace(" ", "_"): value for name, value in headline(results).items()}

@@ -1,4 +1,4 @@
-"""Training with transformers' `Trainer`: what segmentation adds to it, and what a recipe means in its settings."""
+"""Training with transformers' `Trainer`: what segmentation adds to it, and what a recipe means in its arguments."""
 
 from collections.abc import Collection
 from contextlib import ExitStack
@@ -42,23 +42,21 @@ PREFIX = f"{PREFIX_CHECKPOINT_DIR}-"
 class SegmentationTrainer(Trainer):
     """`Trainer` for this model and `proscale_hf`'s data sets.
 
-    Beside `Trainer`'s own entries, the log has the terms of the loss that `measures.py` explains, averaged over the
-    steps since the last entry and over all processes. If there are any, it also counts `non_finite_costs` (of matching:
-    NaN or infinite) and `skipped_images` (that cannot be read), since the start.
+    Beside `Trainer`'s own entries, the log has the losses and the counts of faults that `measures.py` explains.
 
     Checkpoints, `checkpoint-N`, follow the rules of `checkpoint.py`. With an average of the weights
     (`optimization.ema`), the average is evaluated, and `model` holds it after training.
 
     Args:
-        optimization: of a recipe; default: `Trainer`'s own, by its `args`.
-        tasks: what `evaluate` measures; default: all that the data set has the truth for. Unless `args` say otherwise,
-            the first one decides which checkpoint is best.
-        options: of `Trainer`. `train_dataset` is a `TransformedDataset`, while `eval_dataset` is a
+        optimization: a recipe's section. By default `Trainer` optimizes as its `args` say.
+        tasks: what `evaluate` measures; by default all that the data set has the truth for. Unless `args` say
+            otherwise, the first task decides which checkpoint is best.
+        options: what `Trainer` takes. `train_dataset` is a `TransformedDataset`; `eval_dataset` is a
             `SegmentationDataset`, since evaluation begins with the original images; `processing_class` is the image
-            processor. `data_collator` is `collate` if not given.
+            processor. `data_collator` is `collate` if it is not given.
 
     Raises:
-        ValueError: several GPUs in one process, or an average of sharded weights.
+        ValueError: one process has several GPUs, or sharded weights were to be averaged.
     """
 
     def __init__(
@@ -153,19 +151,19 @@ class SegmentationTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measures the model, or the average of its weights. Images are counted and forgotten, one batch after another.
+        """Measure the model, or the average of its weights. No image is kept in memory after its batch.
 
         Args:
-            eval_dataset: a `SegmentationDataset`, or several by name; default: the trainer's.
-            ignore_keys: without effect; `Trainer` has it.
-            metric_key_prefix: of the names.
+            eval_dataset: a `SegmentationDataset`, or several by name; by default the trainer's.
+            ignore_keys: it has no effect; `Trainer` has this argument.
+            metric_key_prefix: what the names of the results begin with.
 
         Returns:
-            `eval_pq`, `eval_sq`, `eval_rq`, `eval_pq_things`, `eval_pq_stuff`, `eval_ap`, `eval_ap50`, `eval_miou`,
-            those that belong to the tasks, in 0..1; `eval_images` and `eval_images_per_second`.
+            `eval_images`, `eval_images_per_second`, and the measures of the tasks in 0..1: `eval_pq`, `eval_sq`,
+            `eval_rq`, `eval_pq_things`, `eval_pq_stuff`, `eval_ap`, `eval_ap50`, `eval_miou`.
 
         Raises:
-            ValueError: model and data set do not belong together, or an image or annotation cannot be used.
+            ValueError: the data set has other classes than the model, or an image or annotation cannot be used.
         """
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, dict):
@@ -194,13 +192,14 @@ class SegmentationTrainer(Trainer):
     # Checkpoints
 
     def create_model_card(self, *arguments: Any, **options: Any) -> None:
-        """The model has written one, in `save_pretrained`."""
+        """Does nothing, since `save_pretrained` of the model writes a card."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As `Trainer`'s, but by the rules of `checkpoint.py`.
+        """Let `Trainer` write a checkpoint by the rules of `checkpoint.py`.
 
-        The one private method that is overridden: `Trainer` tells nobody that it is about to write a checkpoint. It
-        writes, uploads and deletes by its arguments; while the checkpoint has no name yet, it sees other arguments.
+        This is the only private method that is overridden: `Trainer` has no public hook before it writes a checkpoint.
+        Its arguments say where it writes, and whether it uploads the checkpoint and deletes older ones. So it gets
+        other arguments for as long as the checkpoint is unfinished; uploading and deleting come after that.
         """
         checkpoint = Path(self._get_output_dir(trial), f"{PREFIX}{self.state.global_step}")
         with written_whole(self.accelerator, checkpoint) as unfinished:
@@ -275,7 +274,7 @@ class SegmentationCallback(TrainerCallback):
             self.trainer.ema.update_parameters(self.trainer.accelerator.unwrap_model(self.trainer.model))
         if state.global_step >= state.max_steps and args.eval_strategy != "no":
             control.should_evaluate = True
-        control.should_log |= control.should_save  # nothing is saved that the loss tells to be broken
+        control.should_log |= control.should_save  # the log refuses a broken loss before anything is saved
 
 
 def training_settings(recipe: Recipe, processes: int) -> dict[str, Any]:
@@ -283,15 +282,15 @@ def training_settings(recipe: Recipe, processes: int) -> dict[str, Any]:
     What a recipe means in `TrainingArguments`.
 
     Args:
-        recipe: it.
+        recipe: what to train.
         processes: how many train together.
 
     Returns:
-        Keyword arguments, but for `max_steps`, which may depend on the data, see `count_steps`. The rest of the
-        recipe's optimization is `SegmentationTrainer`'s argument of that name.
+        Keyword arguments, without `max_steps`, which may depend on the data, see `count_steps`. The rest of the
+        recipe's optimization goes to `SegmentationTrainer` as `optimization`.
 
     Raises:
-        RecipeError: the batch cannot be divided.
+        RecipeError: the batch cannot be divided evenly among the processes.
     """
     optimization, evaluation = recipe.optimization, recipe.evaluation
     device_batch_size, passes = split_batch(optimization, processes)
