@@ -88,7 +88,8 @@ def test_what_is_imported_is_there_and_nothing_else(classes):
 def test_image_processors_and_configurations_leave_without_models():
     for classes in (PROCESSORS, (ProScaleMask2FormerConfig,)):
         parts = ("layers_", "encoders_", "backbones_", "losses_", "modeling_")
-        assert not [name for name in flat_code(*classes) if name.startswith(parts)]
+        settings = {"encoders_configuration.py", "backbones_presets.py"}
+        assert not [name for name in flat_code(*classes) if name.startswith(parts) and name not in settings]
 
 
 def test_only_the_imports_are_changed():
