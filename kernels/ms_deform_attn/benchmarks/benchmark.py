@@ -2,14 +2,16 @@
 
     python kernels/ms_deform_attn/benchmarks/benchmark.py --threads 1 --rounds 9
 
-The case is the encoder of a Mask2Former-style model on a 800 x 1344 image: maps of 1/32, 1/16 and 1/8, a query for each
-pixel, 8 heads of 32 channels, 4 points. All contestants take turns in each round, so that what else the machine does
-hits them alike; the table has medians, and the median of the ratios within a round.
+The first case is the encoder of a Mask2Former-style model on a 800 x 1344 image: maps of 1/32, 1/16 and 1/8, a query
+for each pixel, 8 heads of 32 channels, 4 points. The second one is the decoder of a DINO-style model: 900 queries, with
+a box in each map as references, attend to the same tokens. All contestants take turns in each round, so that what else
+the machine does hits them alike; the table has medians, and the median of the ratios within a round.
 
 `kernels benchmark` runs the classes.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -27,25 +29,30 @@ except ImportError:
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [(25, 42), (50, 84), (100, 168)]
 HEADS, HEAD_DIM, POINTS = 8, 32, 4
-OFFSET_SPREAD = 2.0  # pixels
+OFFSET_SPREAD = 2.0  # pixels, or units of a box
+DECODER_QUERIES = 900
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Case:
-    """One image's tokens attending to each other, in the type of the values."""
+    """One image's tokens attending to each other, or queries with boxes to them, in the type of the values."""
 
-    def __init__(self, dtype: torch.dtype, device: str = "cpu", batch: int = 1):
+    def __init__(self, dtype: torch.dtype, device: str = "cpu", batch: int = 1, boxes: bool = False):
         generator = torch.Generator().manual_seed(0)
-        queries = sum(height * width for height, width in SHAPES)
+        tokens = sum(height * width for height, width in SHAPES)
+        queries = DECODER_QUERIES if boxes else tokens
 
         def normal(*shape):
             return torch.randn(shape, generator=generator).to(device)
 
-        self.value = normal(batch, queries, HEADS, HEAD_DIM).to(dtype)
+        self.value = normal(batch, tokens, HEADS, HEAD_DIM).to(dtype)
         self.offsets = normal(batch, queries, HEADS, len(SHAPES), POINTS, 2) * OFFSET_SPREAD
         self.logits = normal(batch, queries, HEADS, len(SHAPES) * POINTS)
         self.grad_output = normal(batch, queries, HEADS * HEAD_DIM).to(dtype)
-        self.reference = torch.cat([pixel_centres(*shape) for shape in SHAPES])[None, :, None].to(device)
+        if boxes:
+            self.reference = torch.rand((batch, queries, len(SHAPES), 4), generator=generator).to(device)
+        else:
+            self.reference = torch.cat([pixel_centres(*shape) for shape in SHAPES])[None, :, None].to(device)
 
     def forward(self, function):
         return function(self.value, SHAPES, self.reference, self.offsets, self.logits)
@@ -100,9 +107,9 @@ def main():
     torch.set_num_threads(arguments.threads)
     kernel = kernels.get_local_kernel(arguments.kernel.resolve())
     results = {}
-    for name in arguments.types:
-        case = Case(TYPES[name], arguments.device, arguments.batch)
-        results[name] = {
+    for name, part in itertools.product(arguments.types, ("encoder", "decoder")):
+        case = Case(TYPES[name], arguments.device, arguments.batch, boxes=part == "decoder")
+        results[f"{part}, {name}"] = {
             step: interleaved(
                 {
                     "kernel": lambda run=run: run(kernel.fused_ms_deform_attn),
@@ -116,7 +123,7 @@ def main():
     capability = torch.backends.cpu.get_cpu_capability() if arguments.device == "cpu" else ""
     machine = f"{platform.machine()} {capability}, {arguments.threads} threads"
     print(f"torch {torch.__version__}, {machine}, batch {arguments.batch}")
-    print("| values | step | grid_sample, ms | kernel, ms | ratio | ratio, lowest to highest |")
+    print("| case, values | step | grid_sample, ms | kernel, ms | ratio | ratio, lowest to highest |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, steps in results.items():
         for step, times in steps.items():

@@ -89,25 +89,51 @@ INLINE float largest_score(const Problem& problem, const float* scores) {
   return reduce<kLanes>(largest, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// What is added to a query's positions once they are in pixels: (2, padded_samples).
-INLINE void find_origin(const Problem& problem, int64_t query, float* origin) {
-  const SampleTable& table = problem.table;
-  const int64_t padded = problem.padded_samples;
-  if (!problem.fused) {
-    for (int64_t i = 0; i < 2 * padded; i++) origin[i] = -0.5f;
-    return;
+// What turns the positions of one query into pixels: pixel = position * scale + origin. Arrays of padded_samples.
+struct Frame {
+  float *origin_x, *origin_y, *scale_x, *scale_y;
+};
+
+// A frame with all that is the same for every query.
+INLINE Frame first_frame(const Problem& problem, Memory& memory) {
+  const int64_t count = problem.padded_samples;
+  const Frame frame = {memory.floats(count), memory.floats(count), memory.floats(count), memory.floats(count)};
+  for (int64_t i = 0; i < count; i++) {
+    frame.origin_x[i] = frame.origin_y[i] = -0.5f;
+    frame.scale_x[i] = problem.fused ? 1.0f : problem.table.width[i];
+    frame.scale_y[i] = problem.fused ? 1.0f : problem.table.height[i];
   }
-  const float* points = problem.reference_points + query / problem.queries * problem.reference_image_stride +
-                        query % problem.queries * problem.reference_levels * 2;
-  for (int64_t i = 0; i < padded; i++) {
-    const float* point = points + (problem.reference_levels == 1 ? 0 : table.level[i] * 2);
-    origin[i] = point[0] * table.width[i] - 0.5f;
-    origin[padded + i] = point[1] * table.height[i] - 0.5f;
+  return frame;
+}
+
+// Nothing is sampled in a box whose size is not finite; as a factor, that size would make a gradient of 0 NaN.
+INLINE void set_scale(float* scale, float* origin, int64_t sample, float size) {
+  const bool finite = size - size == 0.0f;
+  scale[sample] = finite ? size : 0.0f;
+  if (!finite) origin[sample] = __builtin_nanf("");
+}
+
+INLINE void move_frame(const Problem& problem, int64_t query, Frame frame) {
+  if (!problem.fused) return;
+  const SampleTable& table = problem.table;
+  const int64_t count = problem.padded_samples, numbers = problem.reference_numbers;
+  const float* references = problem.reference_points + query / problem.queries * problem.reference_image_stride +
+                            query % problem.queries * problem.reference_levels * numbers;
+  for (int64_t i = 0; i < count; i++) {
+    const float* centre = references + (problem.reference_levels == 1 ? 0 : table.level[i] * numbers);
+    frame.origin_x[i] = centre[0] * table.width[i] - 0.5f;
+    frame.origin_y[i] = centre[1] * table.height[i] - 0.5f;
+  }
+  if (numbers == 2) return;
+  for (int64_t i = 0; i < count; i++) {
+    const float* size = references + (problem.reference_levels == 1 ? 0 : table.level[i] * numbers) + 2;
+    set_scale(frame.scale_x, frame.origin_x, i, size[0] * table.width[i] * problem.box_step);
+    set_scale(frame.scale_y, frame.origin_y, i, size[1] * table.height[i] * problem.box_step);
   }
 }
 
 template <bool kBackward>
-INLINE void locate(const Problem& problem, const float* origin, const float* positions, const float* scores,
+INLINE void locate(const Problem& problem, Frame frame, const float* positions, const float* scores,
                    Samples& samples) {
   const SampleTable& table = problem.table;
   constexpr auto each_lane = std::make_integer_sequence<int, kLanes>();
@@ -116,10 +142,10 @@ INLINE void locate(const Problem& problem, const float* origin, const float* pos
   for (int64_t i = 0; i < problem.padded_samples; i += kLanes) {
     const Floats low = load_vector<Floats>(positions + 2 * i);
     const Floats high = load_vector<Floats>(positions + 2 * i + kLanes);
-    Floats x = even_elements(low, high, each_lane) * load_vector<Floats>(table.scale_x + i) +
-               load_vector<Floats>(origin + i);
-    Floats y = odd_elements(low, high, each_lane) * load_vector<Floats>(table.scale_y + i) +
-               load_vector<Floats>(origin + problem.padded_samples + i);
+    Floats x = even_elements(low, high, each_lane) * load_vector<Floats>(frame.scale_x + i) +
+               load_vector<Floats>(frame.origin_x + i);
+    Floats y = odd_elements(low, high, each_lane) * load_vector<Floats>(frame.scale_y + i) +
+               load_vector<Floats>(frame.origin_y + i);
 
     // NaN fails every comparison and is outside.
     const Ints inside = (x > -1.0f) & (x < load_vector<Floats>(table.width + i)) & (y > -1.0f) &
@@ -199,9 +225,9 @@ class Locator {
     scores_ = memory.floats(count);
   }
 
-  // The samples of one unit, whose query has this origin; valid until the next call. `later` is a unit to come.
+  // The samples of one unit, in the frame of its query; valid until the next call. `later` is a unit to come.
   template <bool kBackward>
-  INLINE const Samples& samples_of(int64_t unit, const float* origin, int64_t later) {
+  INLINE const Samples& samples_of(int64_t unit, Frame frame, int64_t later) {
     const int64_t count = problem_.samples, padded = problem_.padded_samples;
     prefetch(problem_.positions, problem_.position_type, later * count * 2, padded * 2);
     prefetch(problem_.scores, problem_.score_type, later * count, padded);
@@ -209,7 +235,7 @@ class Locator {
     const float* positions = as_floats(problem_.positions, problem_.position_type, unit * count * 2, count * 2,
                                        padded * 2, total * 2, positions_);
     const float* scores = as_floats(problem_.scores, problem_.score_type, unit * count, count, padded, total, scores_);
-    locate<kBackward>(problem_, origin, positions, scores, samples_);
+    locate<kBackward>(problem_, frame, positions, scores, samples_);
     return samples_;
   }
 
@@ -269,13 +295,13 @@ INLINE void with_lanes(int64_t head_dim, Function function) {
 template <Type type, int N>
 void forward_typed(const Problem& problem, int64_t first_query, int64_t last_query, Memory memory) {
   constexpr int64_t size = Element<type>::kSize;
-  float* origin = memory.floats(2 * problem.padded_samples);
+  const Frame frame = first_frame(problem, memory);
   Locator locator(problem, memory);
   for (int64_t query = first_query; query < last_query; query++) {
-    find_origin(problem, query, origin);
+    move_frame(problem, query, frame);
     for (int64_t head = 0; head < problem.heads; head++) {
       const int64_t unit = query * problem.heads + head;
-      const Samples& samples = locator.samples_of<false>(unit, origin, unit + kUnitsAhead);
+      const Samples& samples = locator.samples_of<false>(unit, frame, unit + kUnitsAhead);
       Rows rows = Rows::of<type>(problem, query / problem.queries, head);
       char* output = static_cast<char*>(problem.output) + unit * problem.head_dim * size;
       int64_t left = problem.head_dim / N;
@@ -333,8 +359,8 @@ INLINE Floats spread(const Problem& problem, const Samples& samples, int64_t fir
 
 // Gradients of positions and, before the softmax, scores of kLanes samples. `products`: of the row at each corner with
 // the gradient of the output.
-INLINE void differentiate(const Problem& problem, const Samples& samples, int64_t first, const Floats* products,
-                          float* grad_positions, float* grad_scores) {
+INLINE void differentiate(const Problem& problem, Frame frame, const Samples& samples, int64_t first,
+                          const Floats* products, float* grad_positions, float* grad_scores) {
   const SampleTable& table = problem.table;
   const Ints left = load_vector<Ints>(samples.left + first);
   const Ints upper = load_vector<Ints>(samples.upper + first);
@@ -355,7 +381,7 @@ INLINE void differentiate(const Problem& problem, const Samples& samples, int64_
   const Floats grad_x = attention * (upper_slope + lower_share * (lower_slope - upper_slope));
   const Floats grad_y = attention * (lower_value - upper_value);
   store_vector(grad_scores + first, upper_value + lower_share * (lower_value - upper_value));
-  interleave(grad_x * load_vector<Floats>(table.scale_x + first), grad_y * load_vector<Floats>(table.scale_y + first),
+  interleave(grad_x * load_vector<Floats>(frame.scale_x + first), grad_y * load_vector<Floats>(frame.scale_y + first),
              grad_positions + 2 * first, std::make_integer_sequence<int, kLanes>());
 }
 
@@ -376,7 +402,7 @@ INLINE void differentiate_softmax(const Problem& problem, const Samples& samples
 template <int N, int kVectors>
 void backward_sized(const Problem& problem, int64_t image, int64_t head, int64_t first_query, int64_t last_query,
                     const float* value, float* grad_value, Memory memory) {
-  float* origin = memory.floats(2 * problem.padded_samples);
+  const Frame frame = first_frame(problem, memory);
   Locator locator(problem, memory);
   float* grad_positions = memory.floats(2 * problem.padded_samples);
   float* grad_scores = memory.floats(problem.padded_samples);
@@ -384,9 +410,9 @@ void backward_sized(const Problem& problem, int64_t image, int64_t head, int64_t
 
   for (int64_t query = image * problem.queries + first_query; query < image * problem.queries + last_query; query++) {
     const int64_t unit = query * problem.heads + head;
-    find_origin(problem, query, origin);
+    move_frame(problem, query, frame);
     const int64_t later = unit + kQueriesAhead * problem.heads;
-    const Samples& samples = locator.samples_of<true>(unit, origin, later);
+    const Samples& samples = locator.samples_of<true>(unit, frame, later);
     prefetch(problem.grad_output, problem.value_type, later * problem.head_dim, problem.head_dim);
     with_type(problem.value_type, [&](auto constant) INLINE_LAMBDA {
       using Number = Element<decltype(constant)::value>;
@@ -403,7 +429,7 @@ void backward_sized(const Problem& problem, int64_t image, int64_t head, int64_t
         products[part] = spread<N, kVectors>(problem, samples, first, value, grad_output, grad_value);
       }
       transpose_blocks(products, std::make_integer_sequence<int, kLanes>());
-      differentiate(problem, samples, i, products, grad_positions, grad_scores);
+      differentiate(problem, frame, samples, i, products, grad_positions, grad_scores);
     }
     if (problem.fused) differentiate_softmax(problem, samples, grad_scores);
     write_floats(grad_positions, problem.grad_positions, problem.position_type, unit * problem.samples * 2,

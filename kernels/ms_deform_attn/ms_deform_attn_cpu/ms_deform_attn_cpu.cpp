@@ -53,7 +53,7 @@ class Call {
     problem_.head_dim = sizes.head_dim;
     problem_.samples = sizes.levels * sizes.points;
     problem_.padded_samples = (problem_.samples + kMostLanes - 1) / kMostLanes * kMostLanes;
-    fill_table(sizes, spatial_shapes, reference_points != nullptr);
+    fill_table(sizes, spatial_shapes);
 
     problem_.value_type = type_of(value_);
     problem_.value = value_.const_data_ptr();
@@ -69,6 +69,8 @@ class Call {
       problem_.fused = true;
       problem_.reference_points = reference_points_.const_data_ptr<float>();
       problem_.reference_levels = reference_points_.size(2);
+      problem_.reference_numbers = reference_points_.size(3);
+      problem_.box_step = 0.5f / float(sizes.points);
       problem_.reference_image_stride = reference_points_.size(0) == 1 ? 0 : reference_points_.stride(0);
     }
   }
@@ -133,15 +135,15 @@ class Call {
   }
 
  private:
-  void fill_table(const Sizes& sizes, at::IntArrayRef spatial_shapes, bool fused) {
+  void fill_table(const Sizes& sizes, at::IntArrayRef spatial_shapes) {
     const int64_t count = problem_.padded_samples;
     // Entries beyond the last sample make a map of one token.
     integers_.assign(5 * count, 0);
-    floats_.assign(4 * count, 1.0f);
+    floats_.assign(2 * count, 1.0f);
     int32_t* integer_rows[5];
-    float* float_rows[4];
+    float* float_rows[2];
     for (int i = 0; i < 5; i++) integer_rows[i] = integers_.data() + i * count;
-    for (int i = 0; i < 4; i++) float_rows[i] = floats_.data() + i * count;
+    for (int i = 0; i < 2; i++) float_rows[i] = floats_.data() + i * count;
     int64_t first_token = 0;
     for (int64_t level = 0; level < sizes.levels; level++) {
       const int64_t height = spatial_shapes[2 * level], width = spatial_shapes[2 * level + 1];
@@ -154,13 +156,11 @@ class Call {
         integer_rows[4][sample] = int32_t(height - 1);
         float_rows[0][sample] = float(width);
         float_rows[1][sample] = float(height);
-        float_rows[2][sample] = fused ? 1.0f : float(width);
-        float_rows[3][sample] = fused ? 1.0f : float(height);
       }
       first_token += height * width;
     }
-    problem_.table = {integer_rows[0], integer_rows[1], integer_rows[2], integer_rows[3], integer_rows[4],
-                      float_rows[0],   float_rows[1],   float_rows[2],   float_rows[3]};
+    problem_.table = {integer_rows[0], integer_rows[1], integer_rows[2], integer_rows[3],
+                      integer_rows[4], float_rows[0],   float_rows[1]};
   }
 
   int64_t parts_per_slice(int64_t slices) const {

@@ -20,7 +20,6 @@ struct SampleTable {
   const int32_t* row;              // tokens from one row of the level to the next
   const int32_t *last_x, *last_y;  // width - 1, height - 1
   const float *width, *height;     // of the level
-  const float *scale_x, *scale_y;  // a position times its scale is in pixels
 };
 
 struct Problem {
@@ -34,10 +33,12 @@ struct Problem {
   int64_t value_image_stride, value_token_stride, value_head_stride;
 
   // Plain form: `positions` are sampling locations and `scores` attention weights; no reference_points.
-  // Fused form: `positions` are offsets in pixels and `scores` logits of a softmax over the samples.
+  // Fused form: `positions` are offsets and `scores` logits of a softmax over the samples. Offsets from a point are in
+  // pixels; from the centre of a box, they are in units of half its size, divided by the number of points.
   bool fused;
-  const float* reference_points;  // (1 or images, queries, 1 or levels, 2)
-  int64_t reference_image_stride, reference_levels;
+  const float* reference_points;  // (1 or images, queries, 1 or levels, 2 or 4): x, y and, for boxes, width, height
+  int64_t reference_image_stride, reference_levels, reference_numbers;
+  float box_step;  // 0.5 / points
   Type position_type;
   const void* positions;  // (images, queries, heads, samples, 2)
   Type score_type;
@@ -74,7 +75,7 @@ struct Kernels {
 };
 
 inline int64_t memory_floats(const Problem& problem) {
-  const int64_t arrays = 2 + (8 + 5) + 3 + 3;  // origin, samples, copies, gradients
+  const int64_t arrays = 4 + (8 + 5) + 3 + 3;  // frame, samples, copies, gradients
   return arrays * problem.padded_samples + problem.head_dim + kMostLanes;
 }
 

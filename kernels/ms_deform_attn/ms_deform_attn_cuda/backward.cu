@@ -6,12 +6,12 @@ cudaError_t launch_backward(const Problem& problem, bool deterministic, int mult
   return with_type_and_lanes(problem, [&](auto scalar, auto lanes) {
     using Scalar = decltype(scalar);
     constexpr int kLanes = decltype(lanes)::value;
-    const bool fused = problem.reference_points != nullptr;
-    const auto exact =
-        fused ? backward_kernel<Scalar, kLanes, true, int64_t> : backward_kernel<Scalar, kLanes, false, int64_t>;
-    const auto fast =
-        fused ? backward_kernel<Scalar, kLanes, true, float> : backward_kernel<Scalar, kLanes, false, float>;
-    return launch_tiled<kLanes>(deterministic ? exact : fast, problem, multiprocessors, stream);
+    return with_form(problem, [&](auto form) {
+      constexpr Form kForm = decltype(form)::value;
+      const auto kernel =
+          deterministic ? backward_kernel<Scalar, kLanes, kForm, int64_t> : backward_kernel<Scalar, kLanes, kForm, float>;
+      return launch_tiled<kLanes>(kernel, problem, multiprocessors, stream);
+    });
   });
 }
 

@@ -6,9 +6,10 @@ cudaError_t launch_forward(const Problem& problem, int multiprocessors, cudaStre
   return with_type_and_lanes(problem, [&](auto scalar, auto lanes) {
     using Scalar = decltype(scalar);
     constexpr int kLanes = decltype(lanes)::value;
-    const auto kernel = problem.reference_points != nullptr ? forward_kernel<Scalar, kLanes, true>
-                                                            : forward_kernel<Scalar, kLanes, false>;
-    return launch_tiled<kLanes>(kernel, problem, multiprocessors, stream);
+    return with_form(problem, [&](auto form) {
+      return launch_tiled<kLanes>(forward_kernel<Scalar, kLanes, decltype(form)::value>, problem, multiprocessors,
+                                  stream);
+    });
   });
 }
 

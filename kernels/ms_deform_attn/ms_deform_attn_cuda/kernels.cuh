@@ -105,8 +105,10 @@ __device__ __forceinline__ float maximum_of_lanes(float number) {
 // ---- Attention weights ---------------------------------------------------------------------------------------------
 
 // Attention weights of one unit: the scores themselves, or (fused) their softmax.
-template <int kLanes, bool kFused>
+template <int kLanes, Form kForm>
 struct Weights {
+  static constexpr bool kFused = kForm != Form::kPlain;
+
   const Problem& problem;
   int64_t first;  // the unit's first sample among all
   int samples;
@@ -169,19 +171,36 @@ struct Place {
   }
 };
 
-template <bool kFused>
+// The reference of a unit in one level: float2 for a point, float4 for a box.
+template <typename Reference>
+__device__ __forceinline__ Reference load_reference(const Problem& problem, const Unit& unit, int level_index) {
+  const int64_t image = problem.reference_images == 1 ? 0 : unit.image;
+  const int reference_level = problem.reference_levels == 1 ? 0 : level_index;
+  const int64_t index = (image * problem.queries + unit.query) * problem.reference_levels + reference_level;
+  return __ldg(reinterpret_cast<const Reference*>(problem.reference_points) + index);
+}
+
+// How many pixels an offset of 1 from the centre of a box is.
+__device__ __forceinline__ float2 step_of_box(const Problem& problem, const float4& box, const Level& level) {
+  const float share = 0.5f / problem.points;
+  return make_float2(box.z * level.width * share, box.w * level.height * share);
+}
+
+template <Form kForm>
 __device__ __forceinline__ Place find_place(const Problem& problem, const Unit& unit, int level_index,
                                             const Level& level, int64_t sample) {
   const float2 position = load_pair(problem.positions, sample, problem.position_type);
   const float width = static_cast<float>(level.width), height = static_cast<float>(level.height);
   float x, y;
-  if constexpr (kFused) {
-    const int64_t image = problem.reference_images == 1 ? 0 : unit.image;
-    const int reference_level = problem.reference_levels == 1 ? 0 : level_index;
-    const int64_t index = (image * problem.queries + unit.query) * problem.reference_levels + reference_level;
-    const float2 reference = __ldg(reinterpret_cast<const float2*>(problem.reference_points) + index);
+  if constexpr (kForm == Form::kPoints) {
+    const float2 reference = load_reference<float2>(problem, unit, level_index);
     x = fmaf(reference.x, width, position.x) - 0.5f;
     y = fmaf(reference.y, height, position.y) - 0.5f;
+  } else if constexpr (kForm == Form::kBoxes) {
+    const float4 box = load_reference<float4>(problem, unit, level_index);
+    const float2 step = step_of_box(problem, box, level);
+    x = fmaf(position.x, step.x, fmaf(box.x, width, -0.5f));
+    y = fmaf(position.y, step.y, fmaf(box.y, height, -0.5f));
   } else {
     x = fmaf(position.x, width, -0.5f);
     y = fmaf(position.y, height, -0.5f);
@@ -227,7 +246,7 @@ __device__ __forceinline__ void add_corner(const uint4& bits, float factor, floa
   }
 }
 
-template <typename Scalar, int kLanes, bool kFused>
+template <typename Scalar, int kLanes, Form kForm>
 __global__ void __launch_bounds__(kMaxThreads, kForwardBlocks)
     forward_kernel(const Problem problem, const QueryTiles tiles) {
   constexpr int kSize = kVectorSize<Scalar>;
@@ -238,7 +257,7 @@ __global__ void __launch_bounds__(kMaxThreads, kForwardBlocks)
 
   for_each_unit<kLanes>(problem, tiles, [&](const Unit& unit) {
     const int64_t unit_index = unit.index(problem);
-    const Weights<kLanes, kFused> weights(problem, unit_index, lane);
+    const Weights<kLanes, kForm> weights(problem, unit_index, lane);
 
     for (int first_channel = 0; first_channel < problem.head_dim;
          first_channel += kLanes * kSize) {  // once, if not wide
@@ -256,7 +275,7 @@ __global__ void __launch_bounds__(kMaxThreads, kForwardBlocks)
             const int sample = level_index * problem.points + first_point + lane;
             const float weight = weights[sample];
             sum_of_weights += weight;
-            *own_sample = weigh_corners(find_place<kFused>(problem, unit, level_index, level, weights.first + sample),
+            *own_sample = weigh_corners(find_place<kForm>(problem, unit, level_index, level, weights.first + sample),
                                         level, problem.value_token_stride, weight);
           }
           __syncwarp();
@@ -278,7 +297,7 @@ __global__ void __launch_bounds__(kMaxThreads, kForwardBlocks)
         }
       }
 
-      if constexpr (kFused) {
+      if constexpr (kForm != Form::kPlain) {
         const float scale = 1.0f / sum_of_lanes<kLanes>(sum_of_weights);
 #pragma unroll
         for (int c = 0; c < kSize; ++c) {
@@ -298,17 +317,15 @@ __global__ void __launch_bounds__(kMaxThreads, kForwardBlocks)
 // Fixed point for the gradient of the value: a sum of `count` products of at most `grad_bound` and `weight_bound`
 // stays below 2^61, so that 64-bit integers hold it, in steps far below what float32 would round each addition to.
 __device__ __forceinline__ int fixed_point_exponent(const Problem& problem) {
-  int grad_exponent, weight_exponent = 0, count_exponent;
+  int grad_exponent, weight_exponent, count_exponent;
   frexpf(*problem.grad_bound, &grad_exponent);
-  if (problem.weight_bound != nullptr) {
-    frexpf(*problem.weight_bound, &weight_exponent);
-  }
+  frexpf(*problem.weight_bound, &weight_exponent);
   frexpf(static_cast<float>(problem.queries) * problem.levels * problem.points, &count_exponent);
   return max(-126, min(126, 61 - grad_exponent - weight_exponent - count_exponent));
 }
 
 // Accumulator is float, or int64_t for the order-independent sum.
-template <typename Scalar, int kLanes, bool kFused, typename Accumulator>
+template <typename Scalar, int kLanes, Form kForm, typename Accumulator>
 __global__ void __launch_bounds__(kMaxThreads, kBackwardBlocks)
     backward_kernel(const Problem problem, const QueryTiles tiles) {
   constexpr int kSize = kVectorSize<Scalar>;
@@ -322,7 +339,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBackwardBlocks)
 
   for_each_unit<kLanes>(problem, tiles, [&](const Unit& unit) {
     const int64_t unit_index = unit.index(problem);
-    Weights<kLanes, kFused> weights(problem, unit_index, lane);
+    Weights<kLanes, kForm> weights(problem, unit_index, lane);
     weights.normalize(lane);
     const uint4* values = static_cast<const uint4*>(problem.value) + unit.image * problem.value_image_stride +
                           unit.head * problem.value_head_stride + lane;
@@ -342,7 +359,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBackwardBlocks)
         Place own = {0, 0, 0.0f, 0.0f, false};
         float own_weight = 0.0f, own_grad_weight = 0.0f, own_grad_x = 0.0f, own_grad_y = 0.0f;
         if (owns_sample) {
-          own = find_place<kFused>(problem, unit, level_index, level, weights.first + sample);
+          own = find_place<kForm>(problem, unit, level_index, level, weights.first + sample);
           own_weight = weights[sample];
         }
         const int own_token = level.first_token + own.row * level.width + own.column;  // means nothing off the map
@@ -406,7 +423,12 @@ __global__ void __launch_bounds__(kMaxThreads, kBackwardBlocks)
         }
 
         if (owns_sample && unit.active) {
-          if constexpr (kFused) {
+          if constexpr (kForm == Form::kBoxes) {  // off the map the step may be infinite
+            const float2 step = step_of_box(problem, load_reference<float4>(problem, unit, level_index), level);
+            own_grad_x = own.on_map ? own_grad_x * step.x : 0.0f;
+            own_grad_y = own.on_map ? own_grad_y * step.y : 0.0f;
+          }
+          if constexpr (kForm != Form::kPlain) {
             weighted_sum = fmaf(own_weight, own_grad_weight, weighted_sum);
             problem.grad_weights[weights.first + sample] = own_grad_weight;
           } else {
@@ -420,7 +442,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBackwardBlocks)
       }
     }
 
-    if constexpr (kFused) {  // through the softmax; each lane comes back to the samples it wrote itself
+    if constexpr (kForm != Form::kPlain) {  // through the softmax; each lane comes back to the samples it wrote itself
       const float mean = sum_of_lanes<kLanes>(weighted_sum);
       for (int level_index = 0; level_index < problem.levels; ++level_index) {
         for (int point = lane; point < problem.points; point += kLanes) {
@@ -441,8 +463,7 @@ __global__ void __launch_bounds__(kMaxThreads) finish_kernel(const Problem probl
   constexpr int kSize = kVectorSize<Scalar>;
   float step = 1.0f;
   if constexpr (sizeof(Accumulator) == 8) {
-    const bool finite =
-        isfinite(*problem.grad_bound) && (problem.weight_bound == nullptr || isfinite(*problem.weight_bound));
+    const bool finite = isfinite(*problem.grad_bound) && isfinite(*problem.weight_bound);
     step = finite ? ldexpf(1.0f, -fixed_point_exponent(problem)) : NAN;
   }
   const int vectors = problem.head_dim / kSize;

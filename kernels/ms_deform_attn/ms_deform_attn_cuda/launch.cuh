@@ -70,6 +70,19 @@ cudaError_t with_type(const Problem& problem, const Start& start) {
   }
 }
 
+// Calls start(std::integral_constant<Form, form>()) with the problem's form.
+template <typename Start>
+cudaError_t with_form(const Problem& problem, const Start& start) {
+  switch (problem.form) {
+    case Form::kPlain:
+      return start(std::integral_constant<Form, Form::kPlain>());
+    case Form::kPoints:
+      return start(std::integral_constant<Form, Form::kPoints>());
+    default:
+      return start(std::integral_constant<Form, Form::kBoxes>());
+  }
+}
+
 // Calls start(Scalar(), lanes) with the smallest power of two of lanes that holds a head, 32 at most.
 template <typename Start>
 cudaError_t with_type_and_lanes(const Problem& problem, const Start& start) {

@@ -56,9 +56,10 @@ struct Call {
                               : check_arguments(value_, spatial_shapes, positions_, scores_);
     TORCH_CHECK(sizes.levels <= kMaxLevels, "the CUDA kernel takes ", kMaxLevels, " levels at most, not ",
                 sizes.levels);
-    TORCH_CHECK(
-        sizes.queries <= kMaxInt && sizes.levels * sizes.points <= kMaxInt && sizes.heads * sizes.head_dim <= kMaxInt,
-        "too many queries, points or channels for the CUDA kernel");
+    TORCH_CHECK(sizes.queries <= kMaxCount && sizes.levels * sizes.points <= kMaxCount &&
+                    sizes.heads * sizes.head_dim <= kMaxCount,
+                "the CUDA kernel takes fewer than 2^30 queries, points and channels: positions have the shape ",
+                positions_.sizes(), ", value ", value_.sizes());
     if (grad_output != nullptr) {
       check_grad_output(*grad_output, value_, sizes);
     }
@@ -84,7 +85,9 @@ struct Call {
     problem.positions = positions.const_data_ptr();
     problem.score_type = element_type(scores);
     problem.scores = scores.const_data_ptr();
+    problem.form = Form::kPlain;
     if (fused) {
+      problem.form = reference_points_.size(3) == 4 ? Form::kBoxes : Form::kPoints;
       reference_points = contiguous_and_aligned(reference_points_);
       problem.reference_points = reference_points.const_data_ptr<float>();
       problem.reference_images = static_cast<int>(reference_points.size(0));
@@ -150,11 +153,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> run_backward(const Call& call, co
   problem.grad_weights = fused ? grad_weights.mutable_data_ptr<float>() : nullptr;
   if (deterministic) {
     grad_bound = grad_output.abs().amax().to(at::kFloat);
-    problem.grad_bound = grad_bound.const_data_ptr<float>();
-    if (!fused) {
+    if (fused) {
+      // 1, or not a number: the weights of a softmax are numbers only if its largest logit is finite.
+      const at::Tensor largest = call.scores.amax(-1);
+      weight_bound = (largest - largest).amax().to(at::kFloat) + 1;
+    } else {
       weight_bound = call.scores.abs().amax().to(at::kFloat);
-      problem.weight_bound = weight_bound.const_data_ptr<float>();
     }
+    problem.grad_bound = grad_bound.const_data_ptr<float>();
+    problem.weight_bound = weight_bound.const_data_ptr<float>();
   }
   const auto stream = c10::cuda::getCurrentCUDAStream();
   C10_CUDA_CHECK(launch_backward(problem, deterministic, multiprocessors(call.value), stream));

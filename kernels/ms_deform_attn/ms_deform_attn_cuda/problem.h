@@ -10,6 +10,12 @@
 namespace ms_deform_attn::cuda {
 
 constexpr int kMaxLevels = 8;
+constexpr int64_t kMaxCount = (int64_t(1) << 30) - 1;  // of queries, samples of a unit, or channels of all heads
+
+// Plain: `positions` are sampling locations and `scores` attention weights, without references. Points and boxes are the
+// fused forms: `scores` are logits of a softmax over levels * points, and `positions` offsets. Offsets from a point are
+// in pixels; from the centre of a box, they are in units of half its size, divided by the number of points.
+enum class Form : int { kPlain = 0, kPoints = 1, kBoxes = 2 };
 
 enum class ElementType : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
@@ -37,9 +43,8 @@ struct Problem {
   int64_t value_head_stride;
   int value_token_stride;
 
-  // Plain form: `positions` are sampling locations and `scores` attention weights, reference_points is null.
-  // Fused form: `positions` are offsets in pixels and `scores` logits of a softmax over levels * points.
-  const float* reference_points;  // (1 or batch, queries, 1 or levels, 2)
+  Form form;
+  const float* reference_points;  // (1 or batch, queries, 1 or levels, 2 or 4): x, y and, for boxes, width, height
   int reference_images;
   int reference_levels;
   ElementType position_type;
@@ -54,9 +59,9 @@ struct Problem {
   void* grad_sums;            // (batch, tokens, heads, head_dim), zeros at first; float32, or int64 if deterministic
   void* grad_positions;       // like positions
   void* grad_scores;          // like scores
-  float* grad_weights;        // float32 room of the scores' size, may be grad_scores itself; used by the fused form
+  float* grad_weights;        // float32 room of the scores' size, may be grad_scores itself; used by the fused forms
   const float* grad_bound;    // deterministic: the largest |grad_output|, on the device
-  const float* weight_bound;  // deterministic, plain form: the largest |attention weight|, on the device
+  const float* weight_bound;  // deterministic: no |attention weight| is larger, on the device
 };
 
 }  // namespace ms_deform_attn::cuda

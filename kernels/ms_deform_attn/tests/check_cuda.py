@@ -112,17 +112,18 @@ def load_ops(build: Path):
 
 
 class Inputs:
-    """Random inputs of the fused form; `locations` and `weights` are what the plain form takes in their place.
+    """Random inputs of the fused forms; `locations` and `weights` are what the plain form takes in their place.
 
     Args:
         shapes: (height, width) of the levels.
         queries: None for one per token, with the token's centre as its reference point.
+        boxes: references are boxes around these points, and offsets in their units.
         spread: standard deviation of the offsets around the ring that a new model starts with, in pixels.
     """
 
     def __init__(
         self, shapes, device, *, batch=2, queries=None, heads=8, head_dim=32, points=4, dtype=torch.float32,
-        input_dtype=None, per_image=False, per_level=False, spread=2.0, seed=0,
+        input_dtype=None, per_image=False, per_level=False, boxes=False, spread=2.0, seed=0,
     ):  # fmt: skip
         random = torch.Generator(device).manual_seed(seed)
         options = {"device": device, "generator": random}
@@ -141,7 +142,10 @@ class Inputs:
             :, None
         ]
 
-        self.shapes, self.device = shapes, device
+        if boxes:
+            self.reference = torch.cat((self.reference, torch.rand(self.reference.shape, **options)), dim=-1)
+
+        self.shapes, self.device, self.points = shapes, device, points
         self.flat_shapes = [size for shape in shapes for size in shape]
         self.sizes = torch.tensor([(width, height) for height, width in shapes], device=device, dtype=torch.float32)
         self.value = torch.randn((batch, tokens, heads, head_dim), **options).to(dtype)
@@ -153,8 +157,15 @@ class Inputs:
     def fused(self):
         return self.value, self.flat_shapes, self.reference, self.offsets, self.logits
 
+    def locations(self, offsets):
+        """Where these offsets lead, in their type."""
+        references = self.reference.to(offsets.dtype)[:, :, None, :, None]
+        if references.shape[-1] == 2:
+            return references + offsets / self.sizes.to(offsets.dtype)[:, None]
+        return references[..., :2] + offsets / self.points * references[..., 2:] / 2
+
     def plain(self):
-        locations = self.reference[:, :, None, :, None] + self.offsets.float() / self.sizes[:, None]
+        locations = self.locations(self.offsets.float())
         weights = self.logits.float().softmax(-1).view(self.offsets.shape[:-1])
         return self.value, self.flat_shapes, locations, weights
 
@@ -186,7 +197,7 @@ def twin(inputs, fused):
     if fused:
         leaves = [leaf.double().requires_grad_() for leaf in (inputs.value, inputs.offsets, inputs.logits)]
         value, offsets, logits = leaves
-        locations = inputs.reference.double()[:, :, None, :, None] + offsets / inputs.sizes.double()[:, None]
+        locations = inputs.locations(offsets)
         weights = logits.softmax(-1).view(offsets.shape[:-1])
     else:
         _, _, locations, weights = inputs.plain()
@@ -209,6 +220,14 @@ CASES = {
         "points": 2,
     },
     "decoder": {"shapes": [(5, 8), (10, 16)], "queries": 100, "per_image": True, "per_level": True},
+    "decoder of boxes": {
+        "shapes": [(5, 8), (10, 16)],
+        "queries": 100,
+        "per_image": True,
+        "per_level": True,
+        "boxes": True,
+    },
+    "boxes of tokens": {"shapes": [(5, 8), (10, 16)], "boxes": True, "points": 3},
     "one query": {"shapes": [(4, 5)], "queries": 1, "batch": 1, "heads": 1},
     **{
         f"head size {size}": {"shapes": [(3, 4), (6, 8)], "head_dim": size, "heads": 2}
@@ -310,6 +329,19 @@ def check_oddities(ops, device):
     runs = [ops.fused_ms_deform_attn_backward(crowd.grad_output, *crowd.fused(), True)[0] for _ in range(5)]
     if not all(torch.equal(runs[0], run) for run in runs[1:]):
         yield "the deterministic backward differs from run to run"
+    crowd.logits[0, 7, 3] = float("nan")
+    if not ops.fused_ms_deform_attn_backward(crowd.grad_output, *crowd.fused(), True)[0].isnan().any():
+        yield "logits that are no numbers leave no trace in the deterministic gradient of the value"
+
+    if device == "cuda":
+        one = torch.zeros(1, device=device)
+        value, shapes = one.expand(1, 1, 1, 8), [1, 1]
+        positions, weights = one.expand(1, 2**30, 1, 1, 1, 2), one.expand(1, 2**30, 1, 1, 1)
+        try:
+            ops.ms_deform_attn_forward(value, shapes, positions, weights)
+            yield "more queries than can be counted are not refused"
+        except RuntimeError:
+            pass
 
 
 # ---- Timing ----------------------------------------------------------------------------------------------------------
@@ -367,7 +399,7 @@ def time_one(ops, gpu, batch, dtype, spread) -> dict:
 def grid_sample_backward(inputs):
     leaves = [leaf.detach().requires_grad_() for leaf in (inputs.value, inputs.offsets, inputs.logits)]
     value, offsets, logits = leaves
-    locations = inputs.reference[:, :, None, :, None] + offsets.float() / inputs.sizes[:, None]
+    locations = inputs.locations(offsets.float())
     weights = logits.float().softmax(-1).view(offsets.shape[:-1])
     grid_sample_path(value, inputs.shapes, locations, weights).to(value.dtype).backward(inputs.grad_output)
 

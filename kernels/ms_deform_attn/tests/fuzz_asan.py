@@ -96,7 +96,8 @@ def fuzz(kernel, seed: int, seconds: float):
             positions[torch.rand(positions.shape) < 0.02] = number
         flat = kernel.operators.flat(shapes)
         if fused:
-            reference = torch.rand(draw.choice((1, batch or 1)), queries, draw.choice((1, levels)), 2)
+            reference = torch.rand(draw.choice((1, batch or 1)), queries, draw.choice((1, levels)), draw.choice((2, 4)))
+            reference[torch.rand(reference.shape) < 0.02] = draw.choice(STRANGE_NUMBERS)
             logits = torch.randn(batch, queries, heads, levels * points).to(score_type)
             arguments = (value, flat, reference, positions.to(position_type), logits)
             forward, backward = ops.fused_ms_deform_attn_forward, ops.fused_ms_deform_attn_backward

@@ -100,10 +100,10 @@ def test_kernelize_puts_the_layers_into_models(variant, index, monkeypatch):
     layer = model[0]
     assert layer.forward.__func__ is not original.forward
 
-    fused = name.startswith("Fused")
     inputs = Inputs([(6, 5), (3, 3)], head_dim=16)
-    value, *others = inputs.arguments(fused, torch.float32)
-    rest = () if fused else (64,)
-    arguments = (value, torch.tensor(inputs.shapes), inputs.shapes, torch.tensor([0, 30]), *others, *rest)
-    with torch.no_grad():
-        torch.testing.assert_close(layer(*arguments), original()(*arguments), rtol=1e-4, atol=1e-4)
+    for form in ("points", "boxes") if name.startswith("Fused") else ("plain",):
+        value, *others = inputs.arguments(form, torch.float32)
+        rest = (64,) if form == "plain" else ()
+        arguments = (value, torch.tensor(inputs.shapes), inputs.shapes, torch.tensor([0, 30]), *others, *rest)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(*arguments), original()(*arguments), rtol=1e-4, atol=1e-4)

@@ -75,11 +75,12 @@ inline Sizes check_fused_arguments(const at::Tensor& value, at::IntArrayRef spat
   TORCH_CHECK(reference_points.scalar_type() == at::kFloat, "reference_points must be float32, are ",
               reference_points.scalar_type());
   TORCH_CHECK(reference_points.dim() == 4 && (reference_points.size(0) == 1 || reference_points.size(0) == sizes.batch) &&
-                  (reference_points.size(2) == 1 || reference_points.size(2) == sizes.levels),
-              "reference_points must be (1 or batch, queries, 1 or levels, 2), have the shape ",
+                  (reference_points.size(2) == 1 || reference_points.size(2) == sizes.levels) &&
+                  (reference_points.size(3) == 2 || reference_points.size(3) == 4),
+              "reference_points must be (1 or batch, queries, 1 or levels, 2 or 4), have the shape ",
               reference_points.sizes());
   check_tensor(reference_points, "reference_points", value,
-               {reference_points.size(0), sizes.queries, reference_points.size(2), 2});
+               {reference_points.size(0), sizes.queries, reference_points.size(2), reference_points.size(3)});
   return sizes;
 }
 

@@ -1,7 +1,7 @@
 """Multi-scale deformable attention (https://arxiv.org/abs/2010.04159) in one pass, on the CPU and on CUDA.
 
 Two forms, both with gradients: `ms_deform_attn` takes sampling locations and attention weights, and
-`fused_ms_deform_attn` what a model's projections give: offsets in pixels and logits. The layers for
+`fused_ms_deform_attn` what a model's projections give: offsets from points or boxes, and logits. The layers for
 `kernels.kernelize` are in `layers`, the same in plain PyTorch in `reference`.
 """
 

@@ -67,8 +67,10 @@ def fused_ms_deform_attn(
     Args:
         value: (batch, tokens, heads, head_dim), as in [`ms_deform_attn`].
         spatial_shapes: (height, width) of each map.
-        reference_points: (1 or batch, queries, 1 or levels, 2) float32, (x, y) with 0 and 1 at the map's edges.
-        sampling_offsets: (batch, queries, heads, levels, points, 2), (x, y) in pixels of their level.
+        reference_points: (1 or batch, queries, 1 or levels, 2 or 4) float32, points (x, y) or boxes (x and y of the
+            centre, width, height), with 0 and 1 at the map's edges. Queries and tokens may differ in number.
+        sampling_offsets: (batch, queries, heads, levels, points, 2), (x, y). From a point, they are in pixels of their
+            level. From a box, `points` of them make half its size: location = centre + offset / points * size / 2.
         attention_logits: (batch, queries, heads, levels * points); the softmax is over the last axis, in float32.
 
     Returns:
@@ -147,30 +149,49 @@ def _backward(ctx, grad_output):
     return grad_value, None, grad_locations, grad_weights
 
 
-def _fused_backward(ctx, grad_output):
-    value, reference_points, sampling_offsets, attention_logits = ctx.saved_tensors
-    grad_value, grad_offsets, grad_logits = ops.fused_ms_deform_attn_backward(
+def _fused_gradients(ctx, grad_output, references, offsets):
+    value, _, _, attention_logits = ctx.saved_tensors
+    return ops.fused_ms_deform_attn_backward(
         grad_output,
         value,
         ctx.spatial_shapes,
-        reference_points,
-        sampling_offsets,
+        references,
+        offsets,
         attention_logits,
         torch.are_deterministic_algorithms_enabled(),
     )
-    grad_points = None
-    if ctx.needs_input_grad[2]:
-        # location = reference + offset / size, so a step of the reference point is one of `size` pixels.
-        per_level = grad_offsets.sum((2, 4), dtype=torch.float32).unbind(2)  # (batch, queries, 2) each
-        heights, widths = ctx.spatial_shapes[::2], ctx.spatial_shapes[1::2]
-        grad_points = torch.stack(
-            [
-                torch.stack((grad[..., 0] * width, grad[..., 1] * height), dim=-1)
-                for grad, height, width in zip(per_level, heights, widths, strict=True)
-            ],
-            dim=2,
-        ).sum_to_size(reference_points.shape)
-    return grad_value, None, grad_points, grad_offsets, grad_logits
+
+
+def _fused_backward(ctx, grad_output):
+    _, references, offsets, _ = ctx.saved_tensors
+    if not ctx.needs_input_grad[2]:
+        grad_value, grad_offsets, grad_logits = _fused_gradients(ctx, grad_output, references, offsets)
+        return grad_value, None, None, grad_offsets, grad_logits
+    # The gradient of a location in pixels is that of an offset from a point. A box is taken for its centre with offsets
+    # in pixels: from the offsets in units of a box without width or height, that gradient could not be had.
+    centres, sizes = references[..., :2], references[..., 2:]
+    if references.shape[-1] == 2:
+        grad_value, grad_offsets, grad_logits = _fused_gradients(ctx, grad_output, references, offsets)
+        grad_parts = [grad_offsets]
+    else:
+        levels, points = offsets.shape[3:5]
+        steps = _in_pixels(sizes.expand(-1, -1, levels, -1), ctx.spatial_shapes)[:, :, None, :, None] / (2 * points)
+        grad_value, grad_pixels, grad_logits = _fused_gradients(ctx, grad_output, centres, offsets * steps)
+        grad_offsets = (grad_pixels * steps).to(offsets.dtype)
+        grad_parts = [grad_pixels, grad_pixels * offsets.nan_to_num(0, 0, 0) / (2 * points)]
+    grad_references = torch.cat(
+        [_in_pixels(part.sum((2, 4), dtype=torch.float32), ctx.spatial_shapes) for part in grad_parts], dim=-1
+    )
+    return grad_value, None, grad_references.sum_to_size(references.shape), grad_offsets, grad_logits
+
+
+def _in_pixels(numbers, spatial_shapes):
+    """(batch, queries, levels, 2) times the (width, height) of each level."""
+    levels = [
+        torch.stack((level[..., 0] * width, level[..., 1] * height), dim=-1)
+        for level, height, width in zip(numbers.unbind(2), spatial_shapes[::2], spatial_shapes[1::2], strict=True)
+    ]
+    return torch.stack(levels, dim=2)
 
 
 def _refuse_twice(ctx, *gradients):

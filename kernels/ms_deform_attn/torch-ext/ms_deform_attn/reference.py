@@ -39,6 +39,13 @@ def fused_ms_deform_attn(
 ) -> torch.Tensor:
     """Arguments and result as in [`operators.fused_ms_deform_attn`], in any floating-point type."""
     weights = attention_logits.softmax(-1, dtype=torch.promote_types(attention_logits.dtype, torch.float32))
-    sizes = reference_points.new_tensor([(width, height) for height, width in spatial_shapes])[:, None]
-    locations = reference_points[:, :, None, :, None] + sampling_offsets / sizes
+    if reference_points.shape[-1] == 4:  # boxes
+        # An offset that is not finite leads nowhere, and has no part in the gradient of the box's size.
+        finite = sampling_offsets.isfinite()
+        steps = torch.where(finite, sampling_offsets, 0) / sampling_offsets.shape[4]
+        offsets = torch.where(finite, steps * reference_points[:, :, None, :, None, 2:] / 2, torch.nan)
+    else:
+        map_sizes = reference_points.new_tensor([(width, height) for height, width in spatial_shapes])
+        offsets = sampling_offsets / map_sizes[:, None]
+    locations = reference_points[:, :, None, :, None, :2] + offsets
     return ms_deform_attn(value, spatial_shapes, locations, weights.view(sampling_offsets.shape[:-1]))
