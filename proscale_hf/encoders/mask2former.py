@@ -17,18 +17,35 @@ class Mask2FormerEncoder(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
         num_levels = len(config.encoder_strides)
-        self.layers = nn.ModuleList(DeformableEncoderLayer(config, num_levels) for _ in range(config.encoder_layers))
+        self.layers = nn.ModuleList(
+            DeformableEncoderLayer(
+                config.feature_size,
+                config.num_attention_heads,
+                num_levels,
+                config.encoder_num_points,
+                config.encoder_feedforward_dim,
+                config.dropout,
+            )
+            for _ in range(config.encoder_layers)
+        )
 
-    def forward(self, feature_maps: list[torch.Tensor], position_embeddings: list[torch.Tensor]) -> list[torch.Tensor]:
+    def forward(
+        self,
+        feature_maps: list[torch.Tensor],
+        position_embeddings: list[torch.Tensor],
+        padding: list[torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:
         """
         Args:
             feature_maps: (batch, channels, height, width) each, coarse to fine.
-            position_embeddings: (1, channels, height, width) each, level embedding included.
+            position_embeddings: (1 or batch, channels, height, width) each, level embedding included.
+            padding: (batch, height, width) bool for each map, True below and to the right of an image. What the maps
+                hold there has no effect on the rest of them.
 
         Returns:
             The enhanced maps, in the shapes and order of `feature_maps`.
         """
-        grid = TokenGrid.of_maps(feature_maps)
+        grid = TokenGrid.of_maps(feature_maps, padding)
         tokens = maps_to_tokens(feature_maps)
         positions = maps_to_tokens(position_embeddings)
         for layer in self.layers:

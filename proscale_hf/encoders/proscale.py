@@ -27,25 +27,41 @@ class ProScaleEncoder(nn.Module):
         self.stages = list(itertools.pairwise([0, *stage_ends]))  # first and last + 1 layer of each stage
         self.stage_residual = config.stage_residual
         self.layers = nn.ModuleList(
-            DeformableEncoderLayer(config, num_levels=stage + 1)
+            DeformableEncoderLayer(
+                config.feature_size,
+                config.num_attention_heads,
+                stage + 1,
+                config.encoder_num_points,
+                config.encoder_feedforward_dim,
+                config.dropout,
+            )
             for stage, (start, end) in enumerate(self.stages)
             for _ in range(start, end)
         )
         self.token_recalibration = None if config.token_recalibration == "none" else TokenRecalibration(config)
 
-    def forward(self, feature_maps: list[torch.Tensor], position_embeddings: list[torch.Tensor]) -> list[torch.Tensor]:
+    def forward(
+        self,
+        feature_maps: list[torch.Tensor],
+        position_embeddings: list[torch.Tensor],
+        padding: list[torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:
         """
         Args:
             feature_maps: (batch, channels, height, width) each, coarse to fine (s4, s3, s2 in the paper).
-            position_embeddings: (1, channels, height, width) each, level embedding included.
+            position_embeddings: (1 or batch, channels, height, width) each, level embedding included.
+            padding: (batch, height, width) bool for each map, True below and to the right of an image. What the maps
+                hold there has no effect on the rest of them.
 
         Returns:
             The enhanced maps, in the shapes and order of `feature_maps`.
         """
-        grid = TokenGrid.of_maps(feature_maps)
+        grid = TokenGrid.of_maps(feature_maps, padding)
         positions = maps_to_tokens(position_embeddings)
         if self.token_recalibration is not None:
             *coarser, finest = feature_maps
+            if padding is not None:
+                finest = finest.masked_fill(padding[-1][:, None], 0)
             feature_maps = [*(self.token_recalibration(coarse, finest) for coarse in coarser), finest]
 
         tokens = positions.new_empty((feature_maps[0].shape[0], 0, positions.shape[-1]))

@@ -1,4 +1,4 @@
-"""Tokens of several maps, deformable attention among them, and the encoder layer made of it."""
+"""The tokens of several maps, deformable attention to them, and the encoder layer made of it."""
 
 import math
 from typing import NamedTuple
@@ -9,8 +9,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from proscale_hf.layers.linear import Linear
-from proscale_hf.layers.ms_deform_attn import FusedMultiScaleDeformableAttention, in_parts
-from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
+from proscale_hf.layers.ms_deform_attn import FusedMultiScaleDeformableAttention, token_parts
 
 
 class TokenGrid(NamedTuple):
@@ -19,18 +18,30 @@ class TokenGrid(NamedTuple):
     Attributes:
         shapes_list: (height, width) of each map, as Python integers.
         shapes: (levels, 2) int64, the same as a tensor.
-        level_start_index: (levels,) int64, each map's first token.
-        reference_points: (tokens, 2) float32, (x, y) of each token's centre in the unit square of its map.
+        level_start_index: (levels,) int64, the first token of each map.
+        reference_points: (1 or batch, tokens, 1 or levels, 2) float32, (x, y) of each token's centre, with 0 and 1 at
+            the edges of the map that is looked at. Without padding, it is the same in all images and maps.
+        padding: (batch, tokens) bool, True where a token lies in the padding of its image; None without padding.
     """
 
     shapes_list: list[tuple[int, int]]
     shapes: torch.Tensor
     level_start_index: torch.Tensor
     reference_points: torch.Tensor
+    padding: torch.Tensor | None = None
 
     @classmethod
-    def of_maps(cls, maps: list[torch.Tensor]) -> "TokenGrid":
-        """The grid of (batch, channels, height, width) maps."""
+    def of_maps(cls, maps: list[torch.Tensor], padding: list[torch.Tensor] | None = None) -> "TokenGrid":
+        """
+        Args:
+            maps: (batch, channels, height, width) each.
+            padding: (batch, height, width) bool for each map, True in the padding of an image, which lies below and to
+                the right of it.
+
+        Returns:
+            Their grid. With padding, a token keeps its place relative to the image when another map is looked at,
+            although rounding pads each map by another share.
+        """
         device = maps[0].device
         dtype = torch.promote_types(maps[0].dtype, torch.float32)
         shapes_list = [tuple(feature_map.shape[-2:]) for feature_map in maps]
@@ -41,11 +52,18 @@ class TokenGrid(NamedTuple):
             x = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width
             y, x = torch.meshgrid(y, x, indexing="ij")
             centres.append(torch.stack((x, y), dim=-1).flatten(0, 1))  # (height * width, 2)
+        reference_points, token_padding = torch.cat(centres)[None, :, None], None
+        if padding is not None:
+            ratios = valid_ratios(padding).to(dtype)
+            within_image = [centre / ratio[:, None] for centre, ratio in zip(centres, ratios.unbind(1), strict=True)]
+            reference_points = torch.cat(within_image, dim=1)[:, :, None] * ratios[:, None]
+            token_padding = torch.cat([mask.flatten(1) for mask in padding], dim=1)
         return cls(
             shapes_list,
             torch.tensor(shapes_list, device=device),
             torch.tensor(starts[:-1], device=device),
-            torch.cat(centres),
+            reference_points,
+            token_padding,
         )
 
     def first(self, levels: int) -> "TokenGrid":
@@ -55,30 +73,135 @@ class TokenGrid(NamedTuple):
             self.shapes_list[:levels],
             self.shapes[:levels],
             self.level_start_index[:levels],
-            self.reference_points[:tokens],
+            self.reference_points[:, :tokens, :levels],
+            None if self.padding is None else self.padding[:, :tokens],
         )
 
 
-class DeformableSelfAttention(nn.Module):
-    """The projections around [`MultiScaleDeformableAttention`]: tokens attend to a few points of each level.
+def valid_ratios(padding: list[torch.Tensor]) -> torch.Tensor:
+    """
+    The share of each map that its image covers.
 
     Args:
-        embed_dim: channels of the tokens.
+        padding: (batch, height, width) bool for each map, True in the padding.
+
+    Returns:
+        (batch, levels, 2) float32, the shares of width and height.
+    """
+    ratios = [
+        torch.stack((mask[:, 0].logical_not().float().mean(-1), mask[:, :, 0].logical_not().float().mean(-1)), -1)
+        for mask in padding
+    ]
+    return torch.stack(ratios, dim=1)
+
+
+class DeformableAttention(nn.Module):
+    """The projections around [`FusedMultiScaleDeformableAttention`]: queries attend to a few points of each map.
+
+    Args:
+        channels: of the queries and of the tokens.
         num_heads: attention heads.
-        num_levels: feature maps among the tokens.
-        num_points: sampling points per head and level.
+        num_levels: maps among the tokens.
+        num_points: sampling points per head and map.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, num_levels: int, num_points: int):
+    def __init__(self, channels: int, num_heads: int, num_levels: int, num_points: int):
         super().__init__()
         self.num_heads = num_heads
         self.num_levels = num_levels
         self.num_points = num_points
-        self.sampling_offsets = SamplingOffsets(embed_dim, num_heads, num_levels, num_points)
-        self.attention_weights = AttentionLogits(embed_dim, num_heads * num_levels * num_points)
-        self.value_proj = Linear(embed_dim, embed_dim)
-        self.output_proj = Linear(embed_dim, embed_dim)
+        self.sampling_offsets = SamplingOffsets(channels, num_heads, num_levels, num_points)
+        self.attention_weights = AttentionLogits(channels, num_heads * num_levels * num_points)
+        self.value_proj = Linear(channels, channels)
+        self.output_proj = Linear(channels, channels)
         self.attention = FusedMultiScaleDeformableAttention()
+
+    def forward(
+        self, queries: torch.Tensor, values: torch.Tensor, grid: TokenGrid, reference_points: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Args:
+            queries: (batch, queries, channels), position embeddings included.
+            values: (batch, tokens, channels), without position embeddings. Tokens in the grid's padding count as 0.
+            grid: where the tokens lie.
+            reference_points: (1 or batch, queries, 1 or levels, 2 or 4) float32, the points (x, y) or boxes (x and y of
+                the centre, width, height) around which each query looks, with 0 and 1 at the edges of a map.
+
+        Returns:
+            (batch, queries, channels).
+        """
+        values = self.value_proj(values)
+        if grid.padding is not None:
+            values = values.masked_fill(grid.padding[..., None], 0)
+        per_query = (*queries.shape[:2], self.num_heads)
+        output = self.attention(
+            values.unflatten(2, (self.num_heads, -1)),  # (batch, tokens, heads, head_dim)
+            grid.shapes,
+            grid.shapes_list,
+            grid.level_start_index,
+            reference_points,
+            self.sampling_offsets(queries).view(*per_query, self.num_levels, self.num_points, 2),
+            self.attention_weights(queries).view(*per_query, self.num_levels * self.num_points),
+        )
+        return self.output_proj(output)
+
+
+class SamplingOffsets(Linear):
+    """Offsets for each head, map and point; at first each head looks along its own direction.
+
+    Args:
+        channels: of the queries.
+        num_heads, num_levels, num_points: see [`DeformableAttention`].
+    """
+
+    def __init__(self, channels: int, num_heads: int, num_levels: int, num_points: int):
+        self.shape = (num_heads, num_levels, num_points, 2)  # first, since nn.Linear resets its parameters itself
+        super().__init__(channels, math.prod(self.shape))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """No dependence on the query, and point p of head h at p + 1 units in the h-th of evenly spread directions."""
+        num_heads, _, num_points, _ = self.shape
+        angles = torch.arange(num_heads, dtype=torch.float32) * (2 * math.pi / num_heads)
+        directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)  # onto the square of side 2
+        distances = torch.arange(1, num_points + 1, dtype=torch.float32)
+        ring = directions[:, None, None] * distances[:, None]  # (heads, 1, points, 2)
+        init.zeros_(self.weight)
+        init.copy_(self.bias, ring.expand(self.shape).reshape(-1))
+
+
+class AttentionLogits(Linear):
+    """Logits of the attention weights; zero at first, so that all points count alike."""
+
+    def reset_parameters(self) -> None:
+        """All zero."""
+        init.zeros_(self.weight)
+        init.zeros_(self.bias)
+
+
+class DeformableEncoderLayer(GradientCheckpointingLayer):
+    """Deformable self-attention and a feed-forward block, each followed by dropout, residual and layer norm.
+
+    Args:
+        channels: of the tokens.
+        num_heads: attention heads.
+        num_levels: maps among the tokens.
+        num_points: sampling points per head and map.
+        feedforward_dim: channels inside the feed-forward block.
+        dropout: the probability with which a number is dropped in training.
+    """
+
+    def __init__(
+        self, channels: int, num_heads: int, num_levels: int, num_points: int, feedforward_dim: int, dropout: float
+    ):
+        super().__init__()
+        self.self_attn = DeformableAttention(channels, num_heads, num_levels, num_points)
+        self.self_attn_layer_norm = nn.LayerNorm(channels)
+        self.fc1 = Linear(channels, feedforward_dim)
+        self.fc2 = Linear(feedforward_dim, channels)
+        self.final_layer_norm = nn.LayerNorm(channels)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(
         self,
@@ -90,89 +213,17 @@ class DeformableSelfAttention(nn.Module):
         """
         Args:
             hidden_states: (batch, tokens, channels).
-            position_embeddings: (1, tokens, channels), added for the queries, not for the values.
-            grid: where the tokens lie.
+            position_embeddings: (1 or batch, tokens, channels), added for the queries, not for the values.
+            grid: where the tokens lie; those in its padding are not attended to.
             num_queries: how many tokens attend, from the first one on; all by default. They attend to all tokens.
 
         Returns:
             (batch, num_queries, channels).
         """
-        queries = hidden_states[:, :num_queries] + position_embeddings[:, :num_queries]
-        per_query = (*queries.shape[:2], self.num_heads)
-        output = self.attention(
-            self.value_proj(hidden_states).unflatten(2, (self.num_heads, -1)),  # (batch, tokens, heads, head_dim)
-            grid.shapes,
-            grid.shapes_list,
-            grid.level_start_index,
-            grid.reference_points[None, :num_queries, None],
-            self.sampling_offsets(queries).view(*per_query, self.num_levels, self.num_points, 2),
-            self.attention_weights(queries).view(*per_query, self.num_levels * self.num_points),
-        )
-        return self.output_proj(output)
-
-
-class SamplingOffsets(Linear):
-    """Offsets in pixels for each head, level and point; at first each head looks along its own direction."""
-
-    def __init__(self, embed_dim: int, num_heads: int, num_levels: int, num_points: int):
-        self.shape = (num_heads, num_levels, num_points, 2)
-        super().__init__(embed_dim, num_heads * num_levels * num_points * 2)
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """No dependence on the token, and point p of head h at p + 1 pixels in the h-th of evenly spread directions."""
-        num_heads, num_levels, num_points, _ = self.shape
-        angles = torch.arange(num_heads, dtype=torch.float32) * (2 * math.pi / num_heads)
-        directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
-        directions = directions / directions.abs().amax(-1, keepdim=True)  # onto the square of side 2
-        distances = torch.arange(1, num_points + 1, dtype=torch.float32)
-        ring = directions[:, None, None] * distances[:, None]  # (heads, 1, points, 2)
-        init.zeros_(self.weight)
-        init.copy_(self.bias, ring.expand(num_heads, num_levels, num_points, 2).reshape(-1))
-
-
-class AttentionLogits(Linear):
-    """Logits of the attention weights; zero at first, so that all points count alike."""
-
-    def reset_parameters(self) -> None:
-        """Zeros."""
-        init.zeros_(self.weight)
-        init.zeros_(self.bias)
-
-
-class DeformableEncoderLayer(GradientCheckpointingLayer):
-    """Deformable self-attention and a feed-forward block, each followed by dropout, residual and layer norm.
-
-    Args:
-        config: the model's configuration.
-        num_levels: feature maps among the tokens this layer gets.
-    """
-
-    def __init__(self, config: ProScaleMask2FormerConfig, num_levels: int):
-        super().__init__()
-        channels = config.feature_size
-        self.self_attn = DeformableSelfAttention(
-            channels, config.num_attention_heads, num_levels, config.encoder_num_points
-        )
-        self.self_attn_layer_norm = nn.LayerNorm(channels)
-        self.fc1 = Linear(channels, config.encoder_feedforward_dim)
-        self.fc2 = Linear(config.encoder_feedforward_dim, channels)
-        self.final_layer_norm = nn.LayerNorm(channels)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: torch.Tensor,
-        grid: TokenGrid,
-        num_queries: int | None = None,
-    ) -> torch.Tensor:
-        """Arguments and result as in [`DeformableSelfAttention.forward`]: of all tokens, those that attend return."""
-        attended = self.self_attn(hidden_states, position_embeddings, grid, num_queries)
-        parts = [
-            self._transform(*part)
-            for part in zip(in_parts(hidden_states[:, :num_queries]), in_parts(attended), strict=True)
-        ]
+        residual = hidden_states[:, :num_queries]
+        queries = residual + position_embeddings[:, :num_queries]
+        attended = self.self_attn(queries, hidden_states, grid, grid.reference_points[:, :num_queries])
+        parts = [self._transform(*part) for part in zip(token_parts(residual), token_parts(attended), strict=True)]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def _transform(self, hidden_states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:

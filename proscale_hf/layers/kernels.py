@@ -15,7 +15,6 @@ from torch import nn
 from transformers.utils import logging
 
 from proscale_hf.files.text import one_line
-from proscale_hf.hub.names import HUB_NAMESPACE
 
 
 try:
@@ -33,7 +32,7 @@ except ImportError:  # also where a folder of that name, and not the library, is
 
 FUSED_LAYER = "FusedMultiScaleDeformableAttention"
 LAYER = "MultiScaleDeformableAttention"
-HUB_REPOSITORY, HUB_VERSION = f"{HUB_NAMESPACE}/ms-deform-attn", 1
+HUB_REPOSITORY, HUB_VERSION = "proscale-hf/ms-deform-attn", 1
 DEFAULT_REPOSITORY, DEFAULT_VERSION = "kernels-community/deformable-detr", 1  # transformers' own choice
 FOLDER_VARIABLE = "PROSCALE_KERNEL_DIR"
 PYTORCH = "pytorch"

@@ -1,10 +1,11 @@
-"""Multi-scale deformable attention (https://arxiv.org/abs/2010.04159): the operation.
+"""Multi-scale deformable attention (https://arxiv.org/abs/2010.04159): the operation, and its fast path in PyTorch.
 
-Two layers can be replaced by compiled kernels from the Hub: `MultiScaleDeformableAttention`, under the name and
-signature transformers uses, and around it `FusedMultiScaleDeformableAttention`, whose kernel computes softmax and
-locations too. What stands here is the readable path in PyTorch: bilinear sampling is a weighted sum of rows of a
-table, and the sum over all points of a query's head is one `embedding_bag`. Sampling locations and the accumulation are
-float32 whatever the weights' type: in bfloat16 a location would be off by up to a pixel.
+Compiled kernels from the Hub can replace two layers: `MultiScaleDeformableAttention`, under the name and signature
+that transformers uses, and around it `FusedMultiScaleDeformableAttention`, whose kernel computes softmax and locations
+too. The path here is written for speed: bilinear sampling is a weighted sum of rows of a table, and the sum over all
+points of a query's head is one `embedding_bag`. The readable path, which a test compares with this one, is the kernel's
+`reference.py`. Sampling locations and sums are float32 whatever the weights' type: in bfloat16 a location would be off
+by up to a pixel.
 """
 
 import torch
@@ -14,7 +15,7 @@ from proscale_hf.layers.kernels import FUSED_LAYER, LAYER, replaceable
 
 
 IM2COL_STEP = 64  # images that a compiled kernel handles at once
-CPU_TOKENS = 2048  # that are worked on at once, so that what is in between stays in the cache
+CPU_TOKENS = 2048  # how many are worked on at once, so that intermediate results stay in the cache
 BORDER_BEFORE, BORDER_AFTER = 1, 2  # rows and columns of zeros around a map that bilinear sampling can touch
 
 
@@ -52,7 +53,7 @@ class MultiScaleDeformableAttention(nn.Module):
         starts = value_spatial_shapes.new_tensor([sum(lengths[:level]) for level in range(len(lengths))])
         outputs = [
             sample_and_sum(maps, value_spatial_shapes, starts, locations.to(accumulate), weights.to(accumulate))
-            for locations, weights in zip(in_parts(sampling_locations), in_parts(attention_weights), strict=True)
+            for locations, weights in zip(token_parts(sampling_locations), token_parts(attention_weights), strict=True)
         ]
         return (torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]).to(value.dtype)
 
@@ -126,7 +127,7 @@ def with_zero_border(
 
 @replaceable(FUSED_LAYER)
 class FusedMultiScaleDeformableAttention(nn.Module):
-    """[`MultiScaleDeformableAttention`] from what the projections give: offsets in pixels and attention logits."""
+    """[`MultiScaleDeformableAttention`] of what the projections give: offsets and attention logits."""
 
     def __init__(self):
         super().__init__()
@@ -148,28 +149,43 @@ class FusedMultiScaleDeformableAttention(nn.Module):
             value_spatial_shapes: (levels, 2) int64, (height, width) of each level.
             value_spatial_shapes_list: the same as Python integers.
             level_start_index: (levels,) int64, first token of each level.
-            reference_points: (1 or batch, queries, 1 or levels, 2) float32, (x, y) with 0 and 1 at the map's edges.
-            sampling_offsets: (batch, queries, heads, levels, points, 2), (x, y) in pixels of the level.
+            reference_points: (1 or batch, queries, 1 or levels, 2 or 4) float32, points (x, y) or boxes (x and y of
+                the centre, width, height), with 0 and 1 at the map's edges.
+            sampling_offsets: (batch, queries, heads, levels, points, 2), (x, y). From a point, they are in pixels of
+                the level. From a box, `points` of them make half its size: location = centre + offset / points *
+                size / 2.
             attention_logits: (batch, queries, heads, levels * points).
 
         Returns:
             (batch, queries, heads * head_dim), in the type of `value`.
+
+        Raises:
+            ValueError: the references are neither points nor boxes.
         """
+        if reference_points.shape[-1] not in (2, 4):
+            raise ValueError(
+                f"A reference must have 2 numbers (a point) or 4 (a box), not {reference_points.shape[-1]}."
+            )
         weights = attention_logits.softmax(-1, dtype=torch.promote_types(attention_logits.dtype, torch.float32))
-        offsets = sampling_offsets.to(reference_points.dtype) / value_spatial_shapes.flip(-1)[:, None]
+        offsets = sampling_offsets.to(reference_points.dtype)
+        references = reference_points[:, :, None, :, None]  # (1 or batch, queries, 1, 1 or levels, 1, 2 or 4)
+        if reference_points.shape[-1] == 4:
+            offsets = offsets * (references[..., 2:] * (0.5 / offsets.shape[-2]))
+        else:
+            offsets = offsets / value_spatial_shapes.flip(-1)[:, None]
         return self.attention(
             value,
             value_spatial_shapes,
             value_spatial_shapes_list,
             level_start_index,
-            reference_points[:, :, None, :, None] + offsets,
+            references[..., :2] + offsets,
             weights.view(sampling_offsets.shape[:-1]),
             IM2COL_STEP,
         )
 
 
-def in_parts(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Cut (batch, tokens, ...) along the tokens, where that saves memory: on the CPU, and without gradients."""
+def token_parts(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cut (batch, tokens, ...) along the tokens where that saves memory: on the CPU, and without gradients."""
     if tokens.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return (tokens,)
     return tokens.split(max(1, CPU_TOKENS // max(1, len(tokens))), dim=1)

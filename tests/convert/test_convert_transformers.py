@@ -344,12 +344,14 @@ def test_coarsest_map_alone_gives_what_transformers_gives_for_it(saved):
     hidden_states, positions = torch.randn(2, 1, tokens, 32, generator=generator)
     grid = TokenGrid.of_maps([torch.zeros(1, 1, *shape) for shape in shapes])
     with torch.no_grad():
-        found = ours(hidden_states[:, :6], positions[:, :6], grid.first(1))
+        found = ours(
+            (hidden_states + positions)[:, :6], hidden_states[:, :6], grid.first(1), grid.reference_points[:, :6]
+        )
         expected, _ = attention(
             hidden_states=hidden_states,
             encoder_hidden_states=hidden_states,
             position_embeddings=positions,
-            reference_points=grid.reference_points[None, :, None].expand(1, tokens, 3, 2),
+            reference_points=grid.reference_points.expand(1, tokens, 3, 2),
             spatial_shapes_list=shapes,
             level_start_index=grid.level_start_index,
         )

@@ -65,6 +65,26 @@ def test_contract(encoder):
         torch.testing.assert_close(together[1:], single, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("recalibration", ["none", "linear", "conv"])
+@pytest.mark.parametrize("encoder", sorted(set(ENCODER_CLASSES) - {"rt"}))
+def test_what_the_padding_holds_has_no_effect(encoder, recalibration):
+    config = tiny_config(encoder=encoder, encoder_layers=3, token_recalibration=recalibration)
+    module = randomized(ENCODER_CLASSES[encoder](config))
+    padding = [torch.zeros(2, height, width, dtype=torch.bool) for height, width in SHAPES]
+    for mask, (height, width) in zip(padding, [(2, 2), (3, 4), (6, 7)], strict=True):
+        mask[0, height:] = True
+        mask[0, :, width:] = True
+    outputs = []
+    for content in (0.0, 5.0):
+        filled = [m.masked_fill(mask[:, None], content) for m, mask in zip(maps(), padding, strict=True)]
+        outputs.append(module(filled, maps(seed=1), padding))
+    full = module(maps(), maps(seed=1))
+    for mask, zeros, fives, without in zip(padding, *outputs, full, strict=True):
+        assert torch.equal(zeros.movedim(1, -1)[~mask], fives.movedim(1, -1)[~mask])
+        assert (zeros - without)[0, :, 0, 0].abs().max() > 1e-4
+        torch.testing.assert_close(zeros[1], without[1], rtol=1e-4, atol=1e-5)  # the second image fills its maps
+
+
 @pytest.mark.parametrize("levels", [1, 2, 4])
 @pytest.mark.parametrize("encoder", sorted(ENCODER_CLASSES))
 def test_any_number_of_levels(encoder, levels):
@@ -213,7 +233,7 @@ def test_the_coarse_tokens_attend_to_all():
 
 @pytest.mark.parametrize("num_queries", [1, 6, 30, 126])
 def test_tokens_that_do_not_attend_change_nothing_for_those_that_do(num_queries):
-    layer = randomized(DeformableEncoderLayer(tiny_config(), num_levels=3))
+    layer = randomized(DeformableEncoderLayer(32, 4, num_levels=3, num_points=4, feedforward_dim=48, dropout=0.0))
     grid, positions = TokenGrid.of_maps(maps()), maps_to_tokens(maps(seed=1))
     some = layer(maps_to_tokens(maps()), positions, grid, num_queries)
     every = layer(maps_to_tokens(maps()), positions, grid)

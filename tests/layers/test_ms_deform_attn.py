@@ -1,19 +1,13 @@
-"""Deformable attention: against sampling written out, pixel by pixel, in float64."""
+"""The operation: against sampling written out, pixel by pixel, and against the kernel's readable path, in float64."""
+
+import importlib.util
 
 import pytest
 import torch
-from torch import nn
 
-from helpers import tiny_config
+from paths import ROOT
 from proscale_hf.layers import ms_deform_attn
-from proscale_hf.layers.deformable_encoder import (
-    DeformableEncoderLayer,
-    SamplingOffsets,
-    TokenGrid,
-    maps_to_tokens,
-    tokens_to_maps,
-)
-from proscale_hf.layers.ms_deform_attn import MultiScaleDeformableAttention
+from proscale_hf.layers.ms_deform_attn import FusedMultiScaleDeformableAttention, MultiScaleDeformableAttention
 
 
 SHAPES = [(2, 3), (4, 5), (7, 1)]
@@ -92,55 +86,59 @@ def test_gradients():
     assert torch.autograd.gradcheck(lambda *arguments: run(*arguments, SHAPES[:2]), inputs)
 
 
-def test_tokens_and_maps_are_inverse():
-    maps = [torch.randn(2, 3, height, width) for height, width in SHAPES]
-    tokens = maps_to_tokens(maps)
-    assert tokens[1, 6 + 2 * 5 + 3, 1] == maps[1][1, 1, 2, 3]
-    for a, b in zip(tokens_to_maps(tokens, SHAPES), maps, strict=True):
-        assert torch.equal(a, b)
+@pytest.fixture(scope="module")
+def readable():
+    """`reference.py` of the kernel's package."""
+    path = ROOT / "kernels" / "ms_deform_attn" / "torch-ext" / "ms_deform_attn" / "reference.py"
+    spec = importlib.util.spec_from_file_location("readable_ms_deform_attn", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_token_grid():
-    grid = TokenGrid.of_maps([torch.zeros(1, 8, height, width) for height, width in SHAPES])
-    assert grid.level_start_index.tolist() == [0, 6, 26]
-    assert grid.shapes.tolist() == [list(shape) for shape in SHAPES]
-    torch.testing.assert_close(grid.reference_points[6 + 2 * 5 + 3], torch.tensor([3.5 / 5, 2.5 / 4]))
-    assert torch.equal(grid.first(2).reference_points, grid.reference_points[:26])
+def fused_inputs(numbers, images, reference_levels, queries):
+    """Value, references, offsets and logits of two images; samples lie inside and outside of their maps."""
+    generator = torch.Generator().manual_seed(0)
+    options = {"generator": generator, "dtype": torch.float64}
+    heads, levels, points = 2, len(SHAPES), 3
+    return (
+        torch.randn((2, sum(h * w for h, w in SHAPES), heads, 4), **options),
+        torch.rand((images, queries, reference_levels, numbers), **options),
+        2 * torch.randn((2, queries, heads, levels, points, 2), **options),
+        torch.randn((2, queries, heads, levels * points), **options),
+    )
 
 
-def test_the_ring_of_eight_heads_is_a_square():
-    offsets = SamplingOffsets(32, num_heads=8, num_levels=2, num_points=3)
-    offsets.reset_parameters_to_ring()
-    ring = offsets.bias.view(8, 2, 3, 2)
-    torch.testing.assert_close(ring[1, 0, 2], torch.tensor([3.0, 3.0]))
-    torch.testing.assert_close(ring[5, 1, 0], torch.tensor([-1.0, -1.0]))
+def run_fused(value, references, offsets, logits):
+    sizes, starts = torch.tensor(SHAPES), torch.tensor([0, 6, 26])
+    return FusedMultiScaleDeformableAttention()(value, sizes, SHAPES, starts, references, offsets, logits)
 
 
-def test_a_fresh_layer_averages_a_ring_around_each_token():
-    """Heads look along evenly spread directions: on a linear ramp a value in the middle is its own average."""
-    torch.manual_seed(0)
-    layer = DeformableEncoderLayer(tiny_config(), num_levels=1)
-    attention = layer.self_attn
-    attention.sampling_offsets.reset_parameters_to_ring()
-    for module in (attention.attention_weights, attention.value_proj, attention.output_proj):
-        nn.init.zeros_(module.weight)
-        nn.init.zeros_(module.bias)
-    nn.init.eye_(attention.value_proj.weight)
-    nn.init.eye_(attention.output_proj.weight)
-    ramp = torch.arange(11.0).expand(1, 32, 11, 11)
-    tokens = maps_to_tokens([ramp])
-    output = tokens_to_maps(attention(tokens, torch.zeros_like(tokens), TokenGrid.of_maps([ramp])), [(11, 11)])[0]
-    middle = output[0, :, 5, 5].view(4, 8)  # (heads, head_dim); directions right, down, left, up; 2.5 pixels on average
-    torch.testing.assert_close(middle[:, 0], torch.tensor([7.5, 5.0, 2.5, 5.0]))
+@pytest.mark.parametrize("queries", [1, 5, 33, 50])  # of 33 tokens
+@pytest.mark.parametrize("reference_levels", [1, len(SHAPES)])
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("numbers", [2, 4], ids=["points", "boxes"])
+def test_the_fast_path_gives_what_the_readable_one_gives(readable, numbers, images, reference_levels, queries):
+    results = []
+    for function in (run_fused, lambda value, *others: readable.fused_ms_deform_attn(value, SHAPES, *others)):
+        leaves = [leaf.requires_grad_() for leaf in fused_inputs(numbers, images, reference_levels, queries)]
+        output = function(*leaves)
+        results.append((output, *torch.autograd.grad(output.square().sum(), leaves)))
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-9)
 
 
-def test_a_layer_in_parts_gives_the_same(monkeypatch):
-    layer = DeformableEncoderLayer(tiny_config(), num_levels=3).eval()
-    channels = layer.fc1.in_features
-    grid = TokenGrid.of_maps([torch.zeros(2, channels, *shape) for shape in SHAPES])
-    tokens, positions = torch.randn(2, 33, channels), torch.randn(1, 33, channels)
-    expected = layer(tokens, positions, grid, 20)  # with gradients, and so in one part
-    monkeypatch.setattr(ms_deform_attn, "CPU_TOKENS", 10)
-    with torch.no_grad():
-        assert [part.shape[1] for part in ms_deform_attn.in_parts(tokens[:, :20])] == [5] * 4
-        torch.testing.assert_close(layer(tokens, positions, grid, 20), expected)
+def test_offsets_of_a_box_are_in_units_of_its_half_size():
+    """As many units as there are points lead from the centre to the edge."""
+    value, _, offsets, logits = fused_inputs(4, 1, 1, queries=1)
+    offsets[:] = torch.tensor([3.0, -3.0])  # of 3 points: to the upper right corner
+    box = torch.tensor([[[[0.4, 0.5, 0.2, 0.6]]]], dtype=torch.float64)
+    corner = torch.tensor([[[[0.5, 0.2]]]], dtype=torch.float64)
+    torch.testing.assert_close(
+        run_fused(value, box, offsets, logits), run_fused(value, corner, torch.zeros_like(offsets), logits)
+    )
+
+
+def test_references_that_are_neither_points_nor_boxes_are_refused():
+    with pytest.raises(ValueError, match="must have 2 numbers"):
+        run_fused(*fused_inputs(3, 1, 1, queries=2))
