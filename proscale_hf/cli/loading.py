@@ -32,9 +32,7 @@ def load_model(name: str | None) -> tuple[Any, Any]:
 
     from proscale_hf.hub.auto_classes import image_processor_class
     from proscale_hf.hub.names import resolve
-    from proscale_hf.models.mask2former.modeling_proscale_mask2former import (
-        ProScaleMask2FormerForUniversalSegmentation as model_class,
-    )
+    from proscale_hf.models.mask2former.modeling_proscale_mask2former import ProScaleMask2FormerForUniversalSegmentation
 
     quiet_libraries()
     source = str(DEMO_MODEL) if name is None else name
@@ -43,6 +41,7 @@ def load_model(name: str | None) -> tuple[Any, Any]:
         _check_folder(Path(source))
     with user_errors(exit_code=2):
         resolve(source)  # says so if this is no short name, but looks like one
+    model_class = ProScaleMask2FormerForUniversalSegmentation
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from proscale_hf.encoders.configuration import EncoderConfig
-from proscale_hf.layers.deformable_encoder import DeformableEncoderLayer, TokenGrid, maps_to_tokens, tokens_to_maps
+from proscale_hf.encoders.layer import encoder_layer
+from proscale_hf.layers.deformable_encoder import TokenGrid, maps_to_tokens, tokens_to_maps
 
 
 class Mask2FormerEncoder(nn.Module):
@@ -17,17 +18,7 @@ class Mask2FormerEncoder(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
         num_levels = len(config.encoder_strides)
-        self.layers = nn.ModuleList(
-            DeformableEncoderLayer(
-                config.feature_size,
-                config.num_attention_heads,
-                num_levels,
-                config.encoder_num_points,
-                config.encoder_feedforward_dim,
-                config.dropout,
-            )
-            for _ in range(config.encoder_layers)
-        )
+        self.layers = nn.ModuleList(encoder_layer(config, num_levels) for _ in range(config.encoder_layers))
 
     def forward(
         self,

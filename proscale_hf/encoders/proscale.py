@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from proscale_hf.encoders.configuration import EncoderConfig
-from proscale_hf.layers.deformable_encoder import DeformableEncoderLayer, TokenGrid, maps_to_tokens, tokens_to_maps
+from proscale_hf.encoders.layer import encoder_layer
+from proscale_hf.layers.deformable_encoder import TokenGrid, maps_to_tokens, tokens_to_maps
 from proscale_hf.layers.linear import Linear
 
 
@@ -27,14 +28,7 @@ class ProScaleEncoder(nn.Module):
         self.stages = list(itertools.pairwise([0, *stage_ends]))  # first and last + 1 layer of each stage
         self.stage_residual = config.stage_residual
         self.layers = nn.ModuleList(
-            DeformableEncoderLayer(
-                config.feature_size,
-                config.num_attention_heads,
-                stage + 1,
-                config.encoder_num_points,
-                config.encoder_feedforward_dim,
-                config.dropout,
-            )
+            encoder_layer(config, stage + 1)
             for stage, (start, end) in enumerate(self.stages)
             for _ in range(start, end)
         )

@@ -12,13 +12,8 @@ from transformers.image_utils import ImageInput
 from proscale_hf.models.image_processor import ImageProcessorMixin, PaddedImagesKwargs
 from proscale_hf.processing.labels import Annotations, LabelRules, make_labels
 from proscale_hf.processing.postprocessing import instance_segmentation, panoptic_segmentation, semantic_segmentation
+from proscale_hf.processing.run_length import coco_mask, encode_mask
 from proscale_hf.processing.sizes import ImageSizes, Size, as_sizes, resized_size
-
-
-try:
-    from pycocotools import mask as coco_mask
-except ImportError:  # needed for `return_coco_annotation` only
-    coco_mask = None
 
 
 class SegmentationImagesKwargs(PaddedImagesKwargs, total=False):
@@ -242,7 +237,7 @@ class SegmentationImageProcessorMixin(ImageProcessorMixin):
             if return_binary_maps:
                 segmentation = prediction["masks"]
             elif return_coco_annotation:
-                segmentation = [_run_length_encoding(mask) for mask in prediction["masks"]]
+                segmentation = [encode_mask(mask.cpu().numpy()) for mask in prediction["masks"]]
             else:
                 segmentation = _id_map(prediction["masks"])
             results.append({"segmentation": segmentation, "segments_info": segments_info})
@@ -333,11 +328,3 @@ def _id_map(masks: torch.Tensor) -> torch.Tensor:
     for index in reversed(range(len(masks))):
         id_map[masks[index]] = index
     return id_map
-
-
-def _run_length_encoding(mask: torch.Tensor) -> dict[str, Any]:
-    encoding = coco_mask.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
-    return {
-        "size": [int(length) for length in encoding["size"]],
-        "counts": encoding["counts"].decode("ascii"),
-    }

@@ -1,6 +1,6 @@
 """Training labels: annotations in, binary masks and their classes out. One numpy function for each form of annotations.
 
-A label mask is uint8: 1 = object, 0 = not, `VOID` = unknown. Matching and losses leave void pixels out. Maps are
+A label mask is uint8: 1 = object, 0 = not, `VOID_VALUE` = unknown. Matching and losses leave void pixels out. Maps are
 resized by nearest neighbour before masks are made of them, so there is never a float for each mask and pixel.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from proscale_hf.files.text import few
-from proscale_hf.processing.packed_masks import VOID
+from proscale_hf.processing.packed_masks import VOID_VALUE
 from proscale_hf.processing.sizes import ImageSizes, Size
 
 
@@ -72,8 +72,8 @@ def make_labels(annotations: Annotations, sizes: list[ImageSizes], rules: LabelR
         rules: what ids and classes mean.
 
     Returns:
-        for each image uint8 masks (objects, padded height, padded width) with values 0, 1 and `VOID`, 0 in the padding,
-        and their int64 classes.
+        for each image uint8 masks (objects, padded height, padded width) with values 0, 1 and `VOID_VALUE`, 0 in the
+        padding, and their int64 classes.
 
     Raises:
         ValueError: one line that names the map, sizes, ids or classes at fault.
@@ -209,7 +209,7 @@ def _labels_of_ids(id_map: np.ndarray, classes: Mapping[int, int], void_ids: lis
     masks = np.zeros((len(ids), *sizes.padded), dtype=np.uint8)
     for mask, value in zip(masks[:, :height, :width], ids, strict=True):
         np.equal(id_map, value, out=mask, casting="unsafe")
-        mask[void] = VOID
+        mask[void] = VOID_VALUE
     return masks, np.array([classes[value] for value in ids], dtype=np.int64)
 
 

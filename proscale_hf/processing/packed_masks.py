@@ -9,7 +9,7 @@ overlap. Where void is set, the other bits do not matter.
 import torch
 
 
-VOID = 255  # in masks that are not packed
+VOID_VALUE = 255  # in masks that are not packed
 
 
 def number_of_planes(objects: int) -> int:
@@ -17,7 +17,7 @@ def number_of_planes(objects: int) -> int:
     return objects // 8 + 1
 
 
-def pack_masks(masks: torch.Tensor, ignore_value: int = VOID) -> torch.Tensor:
+def pack_masks(masks: torch.Tensor, ignore_value: int = VOID_VALUE) -> torch.Tensor:
     """Pack one mask per object.
 
     Args:
@@ -69,7 +69,7 @@ def pack_segment_map(segment_map: torch.Tensor, segment_ids: list[int], void: to
 def unpack_masks(planes: torch.Tensor, objects: int) -> torch.Tensor:
     """One mask per object: uint8 (objects, height, width); 1 = object, 0 = not, 255 = void."""
     masks = torch.stack([_pixels_of(planes, index) for index in range(objects + 1)])
-    return masks[1:].masked_fill_(masks[0].bool(), VOID)
+    return masks[1:].masked_fill_(masks[0].bool(), VOID_VALUE)
 
 
 def present_objects(planes: torch.Tensor, objects: int) -> torch.Tensor:

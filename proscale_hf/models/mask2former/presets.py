@@ -1,6 +1,6 @@
 """Configurations by name: `ProScaleMask2FormerConfig.from_preset("proscale-swin-t-coco")`.
 
-A name is ARCHITECTURE-BACKBONE-DATASET, like those of the published models (`model_names.py`), with the task behind if
+A name is ARCHITECTURE-BACKBONE-DATASET, like those of the published models (`hub/names.py`), with the task behind if
 it is not the panoptic one, and PRO-SCALE's numbers of layers if they are not (3, 3, 3): `lite-r50-coco`,
 `mask2former-swin-l-22k-ade20k-semantic`, `proscale-swin-t-cityscapes-113`.
 
