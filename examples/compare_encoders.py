@@ -11,18 +11,16 @@ same scenes; there is one for each seed, which all models share.
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from evaluate_demo import measure_panoptic_quality
 from pretrain_backbone import pretrain_backbone
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch.utils.data import DataLoader
 from train_demo_model import TRAIN_SIZE, collate_scenes, create_image_processor, create_optimizer, small_config
 from transformers import (
@@ -37,6 +35,7 @@ from transformers import (
 from demo_scenes import DemoScenes
 from proscale_hf import ProScaleMask2FormerForUniversalSegmentation
 from proscale_hf.cost import measure_cost
+from proscale_hf.files.whole import write_whole
 
 
 MASK2FORMER = {"encoder": "mask2former", "pixel_embedding": "conv", "token_recalibration": "none"}
@@ -103,7 +102,7 @@ def pretrained_backbone(output: Path, seed: int) -> dict[str, torch.Tensor]:
         collate = partial(collate_scenes, image_processor=create_image_processor())
         scenes = DemoScenes(PRETRAINING_SCENES, "train", seed + 1000, TRAIN_SIZE)
         weights = pretrain_backbone(small_config().backbone_config, collate, arguments, scenes)
-        write_whole(path, lambda temporary: save_file(weights, temporary))
+        write_whole(path, lambda file: file.write(save(weights)))
     return load_file(path)
 
 
@@ -141,13 +140,6 @@ def train(name: str, seed: int, steps: int, output: Path, device: str, use_kerne
     groups = {group: 100 * quality[group]["pq"] for group in ("All", "Things", "Stuff")}
     measures = {"pq": groups, "gflops": gflops(name), "last_loss": statistics.mean(losses[-100:])}
     return {"name": name, "seed": seed, "steps": steps, **measures}
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that appears only when it is complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write(temporary)
-    temporary.replace(path)
 
 
 def result_path(output: Path, name: str, seed: int) -> Path:
@@ -231,7 +223,8 @@ def main() -> None:
             if path.exists():
                 continue
             result = train(name, seed, arguments.steps, arguments.output, device, arguments.use_kernels)
-            write_whole(path, lambda temporary, content=result: temporary.write_text(json.dumps(content, indent=1)))
+            text = json.dumps(result, indent=1)
+            write_whole(path, lambda file, text=text: file.write(text.encode()))
             print(f"{name} seed {seed}: PQ {result['pq']['All']:.1f}", flush=True)
 
 

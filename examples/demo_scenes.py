@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from proscale_hf.files.whole import folder_written_whole
+from proscale_hf.files.folders import folder_written_whole
 from proscale_hf.processing.segment_ids import encode_ids
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from proscale_hf.files.whole import folder_written_whole
+from proscale_hf.files.folders import folder_written_whole
 
 
 CORNERS = {"triangle": 3, "square": 4, "disc": 24}

@@ -9,11 +9,20 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import load_backbone as load_transformers_backbone
+from transformers.models.swin.modeling_swin import SwinLayer, SwinMLP, SwinPatchMerging
 
 from proscale_hf.backbones.mvit_windows import use_hybrid_windows
-from proscale_hf.backbones.swin_mlp import use_lean_mlp
-from proscale_hf.backbones.swin_strips import use_strips
-from proscale_hf.layers.linear import use_onednn
+from proscale_hf.backbones.swin_mlp import LeanSwinMLP
+from proscale_hf.backbones.swin_strips import SwinLayerInStrips, SwinPatchMergingInStrips
+from proscale_hf.layers.linear import Linear
+
+
+FASTER = {  # subclasses with the same weights and results
+    SwinLayer: SwinLayerInStrips,
+    SwinPatchMerging: SwinPatchMergingInStrips,
+    SwinMLP: LeanSwinMLP,
+    nn.Linear: Linear,
+}
 
 
 def load_backbone(config: PreTrainedConfig, feature_strides: Sequence[int]) -> nn.Module:
@@ -36,9 +45,16 @@ def load_backbone(config: PreTrainedConfig, feature_strides: Sequence[int]) -> n
             f"The backbone gives {len(backbone.channels)} feature maps, but `feature_strides` names "
             f"{len(feature_strides)}: set `out_features` or `out_indices` in `backbone_config`."
         )
-    for make_faster in (use_hybrid_windows, use_strips, use_lean_mlp, use_onednn):
-        make_faster(backbone)
+    use_hybrid_windows(backbone)
+    make_faster(backbone)
     return backbone
+
+
+def make_faster(backbone: nn.Module) -> None:
+    """Make each module of a class in `FASTER` one of the faster class, in place, with its weights and hooks."""
+    for module in backbone.modules():
+        if type(module) in FASTER:
+            module.__class__ = FASTER[type(module)]
 
 
 def freeze(backbone: nn.Module, batch_norms: bool) -> None:

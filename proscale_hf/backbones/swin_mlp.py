@@ -14,13 +14,6 @@ from transformers.models.swin.modeling_swin import SwinMLP
 from proscale_hf.layers.linear import Linear, OneDNNLinear, linear, linear_gradients
 
 
-def use_lean_mlp(backbone: nn.Module) -> None:
-    """Turn every feed-forward block of transformers' Swin in a module into the one of this file."""
-    for module in backbone.modules():
-        if type(module) is SwinMLP:
-            module.__class__ = LeanSwinMLP
-
-
 class LeanSwinMLP(SwinMLP):
     """transformers' `SwinMLP`, which keeps less for the backward pass."""
 

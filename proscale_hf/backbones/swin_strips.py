@@ -14,14 +14,6 @@ CPU_TOKENS = 4096  # worked on at once, roughly
 NOT_ATTENDED = -100.0  # added to the logits of tokens that do not belong together; transformers' value
 
 
-def use_strips(backbone: nn.Module) -> None:
-    """Turn every layer of transformers' Swin in a module into the one of this file."""
-    replacements = {SwinLayer: SwinLayerInStrips, SwinPatchMerging: SwinPatchMergingInStrips}
-    for module in backbone.modules():
-        if type(module) in replacements:
-            module.__class__ = replacements[type(module)]
-
-
 def goes_in_strips(module: nn.Module, tokens: torch.Tensor) -> bool:
     """Whether this is inference on the CPU, neither compiled nor traced."""
     return (

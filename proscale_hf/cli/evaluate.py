@@ -94,7 +94,7 @@ def evaluate_stored_predictions(options: argparse.Namespace) -> None:
     """Measures files against files."""
     from proscale_hf.evaluation.panoptic_files import evaluate_files
     from proscale_hf.evaluation.report import to_markdown, write_report
-    from proscale_hf.files.whole import check_new_folder, folder_written_whole
+    from proscale_hf.files.folders import check_new_folder, folder_written_whole
 
     if options.predictions is None or options.truth is None:
         raise CommandError("--predictions and --truth belong together: give both", exit_code=2)
@@ -133,7 +133,7 @@ def evaluate_model(options: argparse.Namespace) -> None:
         from proscale_hf.evaluation.agreement import choose_tasks
         from proscale_hf.evaluation.instance_truth import InstanceAnnotations
         from proscale_hf.evaluation.report import to_markdown
-        from proscale_hf.files.whole import check_new_folder
+        from proscale_hf.files.folders import check_new_folder
     if options.output is not None:
         with user_errors(exit_code=2):
             check_new_folder(Path(options.output))
@@ -180,8 +180,8 @@ def measure(
     from proscale_hf.evaluation.coco_files import PredictionFiles, merge_parts
     from proscale_hf.evaluation.evaluator import evaluate
     from proscale_hf.evaluation.report import write_report
+    from proscale_hf.files.folders import folder_written_whole
     from proscale_hf.files.text import one_line
-    from proscale_hf.files.whole import folder_written_whole
 
     rank, is_main = (0, True) if accelerator is None else (accelerator.process_index, accelerator.is_main_process)
     with user_errors(), contextlib.ExitStack() as stack:

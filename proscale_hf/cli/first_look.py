@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
     with progress("opening the data set"):
         dataset = open_chosen_dataset(options)
     from proscale_hf.data.first_look import look
-    from proscale_hf.files.whole import check_new_folder, folder_written_whole
+    from proscale_hf.files.folders import check_new_folder, folder_written_whole
 
     if options.samples is not None:
         dataset = dataset.select(range(min(options.samples, len(dataset))))

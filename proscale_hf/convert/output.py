@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from proscale_hf.convert import ConversionError
-from proscale_hf.files.whole import folder_written_whole
+from proscale_hf.files.folders import folder_written_whole
 
 
 def check_output(output: str | Path) -> None:

@@ -13,6 +13,7 @@ from huggingface_hub import metadata_load
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, logging
 
+from proscale_hf.files.whole import write_whole
 from proscale_hf.hub.model_card import COST_HEADING, cost_section, input_size, model_card
 
 
@@ -56,9 +57,7 @@ def write_card(
         if measure_cost is not None:
             costs = measured(measure_cost, *input_size(settings))
         text = model_card(config, settings, costs=costs, tags=tags, repo_id=repo_id)
-        unfinished = card.with_name(f".{CARD_NAME}.{os.getpid()}")
-        unfinished.write_text(sign(text), encoding="utf-8", newline="\n")
-        unfinished.replace(card)
+        write_whole(card, lambda file: file.write(sign(text).encode()))
     except Exception as error:
         logger.warning(f"No model card was written to {card}: {error}")
 

@@ -131,10 +131,3 @@ class Linear(nn.Linear):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)."""
         return linear(inputs, self.weight, self.bias)
-
-
-def use_onednn(module: nn.Module) -> None:
-    """Make every `nn.Linear` in a module a [`Linear`], in place, with its weights and hooks."""
-    for layer in module.modules():
-        if type(layer) is nn.Linear:
-            layer.__class__ = Linear

@@ -37,8 +37,8 @@ try:
 except ImportError as error:
     raise ImportError('training needs accelerate: pip install "proscale-hf[train]"') from error
 
+from proscale_hf.files.folders import flush, folder_replaced_whole, unfinished_folder
 from proscale_hf.files.text import one_line
-from proscale_hf.files.whole import flush, folder_replaced_whole, unfinished_folder
 
 
 PREFIX = "checkpoints/step-"  # of the plain loop

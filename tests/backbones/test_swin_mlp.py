@@ -11,8 +11,8 @@ from transformers.models.swin.modeling_swin import SwinMLP
 
 from helpers import tiny_model
 from proscale_hf.backbones import swin_mlp
-from proscale_hf.backbones.swin_mlp import LeanSwinMLP, LinearOfGelu, use_lean_mlp
-from proscale_hf.layers.linear import use_onednn
+from proscale_hf.backbones.loading import make_faster
+from proscale_hf.backbones.swin_mlp import LeanSwinMLP, LinearOfGelu
 
 
 @pytest.fixture
@@ -21,8 +21,7 @@ def blocks():
     torch.manual_seed(0)
     theirs = nn.Sequential(SwinMLP(SwinConfig(), 16))
     ours = copy.deepcopy(theirs)
-    use_onednn(ours)
-    use_lean_mlp(ours)
+    make_faster(ours)
     assert type(ours[0]) is LeanSwinMLP and list(ours.state_dict()) == list(theirs.state_dict())
     return theirs, ours
 

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoBackbone, SwinConfig
 
 from proscale_hf.backbones import swin_strips
-from proscale_hf.backbones.swin_strips import SwinLayerInStrips, SwinPatchMergingInStrips, use_strips
+from proscale_hf.backbones.loading import make_faster
+from proscale_hf.backbones.swin_strips import SwinLayerInStrips, SwinPatchMergingInStrips
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def backbones():
     for parameter in theirs.parameters():
         parameter.data.normal_(std=0.5)
     ours = copy.deepcopy(theirs)
-    use_strips(ours)
+    make_faster(ours)
     return theirs, ours
 
 

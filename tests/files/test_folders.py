@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from proscale_hf.files.whole import check_new_folder, folder_replaced_whole, folder_written_whole
+from proscale_hf.files.folders import check_new_folder, folder_replaced_whole, folder_written_whole
 
 
 def test_it_appears_when_it_is_complete(tmp_path):
