@@ -229,7 +229,7 @@ INLINE float reduce(FloatsOf<N> vector, Combine combine) {
   }
 }
 
-// e^x for x <= 0, to about one unit in the last place; below -87 it is 0.
+// e^x for x <= 0, to about one unit in the last place; below -87 it is 0, and what is not a number stays so.
 INLINE Floats exp_of_negative(Floats x) {
   const Floats exponent = x * 1.44269504f + 0x1.8p23f;  // rounds x / ln 2 to an integer in the lowest bits
   const Floats n = exponent - 0x1.8p23f;
@@ -238,5 +238,6 @@ INLINE Floats exp_of_negative(Floats x) {
   const Floats series =
       1.0f + r * (1.0f + r * (1.0f / 2 + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720))))));
   const Floats scaled = (Floats)((Ints)series + ((Ints)exponent << 23));
-  return x < -87.0f ? Floats{} : scaled;
+  const Floats result = x < -87.0f ? Floats{} : scaled;
+  return x == x ? result : x;
 }

@@ -329,7 +329,7 @@ def check_oddities(ops, device):
     runs = [ops.fused_ms_deform_attn_backward(crowd.grad_output, *crowd.fused(), True)[0] for _ in range(5)]
     if not all(torch.equal(runs[0], run) for run in runs[1:]):
         yield "the deterministic backward differs from run to run"
-    crowd.logits[0, 7, 3] = float("nan")
+    crowd.logits[:, :, 3] = float("nan")  # of many queries: some of their samples touch a pixel
     if not ops.fused_ms_deform_attn_backward(crowd.grad_output, *crowd.fused(), True)[0].isnan().any():
         yield "logits that are no numbers leave no trace in the deterministic gradient of the value"
 

@@ -212,6 +212,18 @@ def test_extreme_logits(kernel):
     assert_close(run(compiled, inputs, inputs.arguments("points", torch.float32)), expected, torch.float32)
 
 
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_logits_that_make_no_softmax_show_in_the_result(kernel, odd):
+    compiled, plain = functions(kernel, "points")
+    inputs = Inputs([(6, 5), (3, 3)], queries=4)
+    inputs.logits[:, 2, 1, 3] = odd
+    for function in (compiled, plain):
+        output, grad_value, *_ = run(function, inputs, inputs.arguments("points", torch.float32))
+        wrong = output.isnan().any(-1)
+        assert wrong[:, 2].all() and wrong.sum() == len(output)
+        assert grad_value.isnan().any()
+
+
 @pytest.mark.parametrize(("batch", "queries"), [(0, 3), (2, 0), (0, 0)])
 def test_nothing_to_do(kernel, form, batch, queries):
     compiled, _ = functions(kernel, form)
