@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,17 @@ from proscale_hf.layers.kernels import PYTORCH, use_kernel
 from proscale_hf.models.counting import Cost
 
 
+class IsRemoteCode:
+    """`is_remote_code()`, which transformers asks of the class when it loads, and of the model when it saves.
+
+    The class is custom code: for missing safetensors, no service on the Hub is asked to convert other weights. A saved
+    model is not: transformers would copy the one file that defines it, and [`write_code`] writes all that it needs.
+    """
+
+    def __get__(self, model: PreTrainedModel | None, model_class: type[PreTrainedModel]) -> Callable[[], bool]:
+        return lambda: model is None
+
+
 class ProScalePreTrainedModel(PreTrainedModel):
     """The common part of the models. A family adds its configuration, the initial weights, and how its cost is counted.
 
@@ -33,6 +44,7 @@ class ProScalePreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    is_remote_code = IsRemoteCode()
     deformable_attention_backend = PYTORCH  # or the kernel's repository or folder
 
     @classmethod

@@ -22,6 +22,10 @@ class ProScaleConfigMixin:
         with resolved(pretrained_model_name_or_path) as source:
             return super().from_pretrained(source, **kwargs)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: transformers would copy the code of classes that are marked so; here `save_pretrained` writes it."""
+
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As in transformers; the folder also gets the code. Where another repository's code is, is not handed on."""
         config_class = nearest_of_ours(type(self))

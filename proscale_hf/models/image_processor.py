@@ -90,6 +90,10 @@ class ImageProcessorMixin:
         with resolved(pretrained_model_name_or_path) as source:
             return super().from_pretrained(source, **kwargs)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoImageProcessor") -> None:
+        """Nothing: transformers would copy the code of classes that are marked so; here `save_pretrained` writes it."""
+
     def to_dict(self) -> dict[str, Any]:
         """The settings, as in transformers, and where the code for both backends is."""
         settings = super().to_dict()
