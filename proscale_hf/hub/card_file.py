@@ -1,7 +1,6 @@
 """The model card in a folder: written beside what was saved, renewed as long as nobody edits it, kept from then on."""
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -14,13 +13,11 @@ from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, logging
 
 from proscale_hf.files.whole import write_whole
+from proscale_hf.hub.card_mark import CARD_NAME, is_own_card, sign
 from proscale_hf.hub.model_card import COST_HEADING, cost_section, input_size, model_card
 
 
 logger = logging.get_logger(__name__)
-
-CARD_NAME = "README.md"
-CARD_SIGNATURE = "\n<!-- Made from the files beside it ({}). An edited card is kept. -->\n"
 
 
 def write_card(
@@ -95,16 +92,6 @@ def section(card: str, heading: str) -> str:
     """The section of a card with its heading, without the empty line behind it; empty if the card has none."""
     match = re.search(rf"^{re.escape(heading)}\n.*?(?=\n\n## |\Z)", card, flags=re.DOTALL | re.MULTILINE)
     return match.group() if match else ""
-
-
-def sign(text: str) -> str:
-    """A card, and a last line by which [`is_own_card`] knows it."""
-    return text + CARD_SIGNATURE.format(hashlib.sha256(text.encode()).hexdigest()[:16])
-
-
-def is_own_card(text: str) -> bool:
-    """Whether [`write_card`] wrote a card, and nobody has changed it."""
-    return text == sign(text[: -len(sign(""))])
 
 
 def read_settings(path: Path) -> dict[str, Any]:

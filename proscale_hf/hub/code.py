@@ -5,6 +5,9 @@
 all that these import. Each is named by its path, joined with "_": `layers/linear.py` becomes `layers_linear.py`. Files
 that transformers expects by name keep it: `configuration_...`, `modeling_...`, `image_processing_...`. Nothing but the
 imports is changed. Code that was loaded from such a folder is flat already, and is written again byte for byte.
+
+An import in a `try` that goes on after an `ImportError` stays as it is: the file that it names does not leave with the
+model, and is there only if the package is installed.
 """
 
 import ast
@@ -97,9 +100,10 @@ def flattened(module: str) -> tuple[str, list[str]]:
     """
     source = source_file(module).read_text(encoding="utf-8")
     lines = source.split("\n")
-    imported = []
-    for node in ast.walk(ast.parse(source)):
-        if (other := imported_module(node, module)) is not None:
+    tree = ast.parse(source)
+    imported, stay = [], set(imports_that_stay(tree))
+    for node in ast.walk(tree):
+        if node not in stay and (other := imported_module(node, module)) is not None:
             imported.append(other)
             index = node.lineno - 1
             written = re.compile(rf"(\s*)from\s+{re.escape('.' * node.level + node.module)}\s+import\b")
@@ -107,6 +111,15 @@ def flattened(module: str) -> tuple[str, list[str]]:
             if not found or node.col_offset != len(lines[index]) - len(lines[index].lstrip()):
                 raise CodeError(f"{module}, line {node.lineno}: write `from MODULE import` on one line of its own.")
     return "\n".join(lines), imported
+
+
+def imports_that_stay(tree: ast.AST) -> Iterator[ast.ImportFrom]:
+    """The imports that may fail, since an `ImportError` is caught around them."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Try) and any(
+            isinstance(handler.type, ast.Name) and handler.type.id == "ImportError" for handler in node.handlers
+        ):
+            yield from (statement for statement in node.body if isinstance(statement, ast.ImportFrom))
 
 
 def imported_module(node: ast.AST, module: str) -> str | None:

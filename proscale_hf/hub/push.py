@@ -13,7 +13,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from proscale_hf.files.text import one_line
-from proscale_hf.hub.card_file import CARD_NAME, write_card
+from proscale_hf.hub.card_file import write_card
+from proscale_hf.hub.card_mark import CARD_NAME
 from proscale_hf.hub.errors import HubError, explain
 from proscale_hf.hub.families import FAMILIES
 from proscale_hf.hub.license import check_may_publish

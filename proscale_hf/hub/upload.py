@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 
-from proscale_hf.hub.card_file import CARD_NAME, is_own_card
+from proscale_hf.hub.card_mark import CARD_NAME, is_own_card
 from proscale_hf.hub.license import check_may_publish
 
 

@@ -13,12 +13,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import CONFIG_NAME
 
-from proscale_hf.hub.card_file import CARD_NAME, write_card
+from proscale_hf.hub.card_mark import CARD_NAME
 from proscale_hf.hub.code import flat_name, nearest_of_ours, write_code
-from proscale_hf.hub.names import resolved
 from proscale_hf.hub.upload import HubRepository, split_hub_arguments
 from proscale_hf.layers.kernels import PYTORCH, use_kernel
-from proscale_hf.models.counting import Cost
+from proscale_hf.models.installed import resolved, write_card
 
 
 class IsRemoteCode:
@@ -48,7 +47,7 @@ class ProScalePreTrainedModel(PreTrainedModel):
     deformable_attention_backend = PYTORCH  # or the kernel's repository or folder
 
     @classmethod
-    def measure_cost(cls, config: PreTrainedConfig, height: int, width: int) -> Cost:
+    def measure_cost(cls, config: PreTrainedConfig, height: int, width: int) -> Any:
         """What one image of this height and width, in pixels, costs a model of this configuration."""
         raise NotImplementedError
 
@@ -107,7 +106,7 @@ class ProScalePreTrainedModel(PreTrainedModel):
             return repository.upload(folder)
 
     def _write_card(self, folder: str | os.PathLike, tags: list[str] | tuple = (), repo_id: str | None = None) -> None:
-        def measure_cost(height: int, width: int) -> Cost:
+        def measure_cost(height: int, width: int) -> Any:
             return self.measure_cost(self.config, height, width)
 
         tags = [*(self.model_tags or ()), *tags]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from proscale_hf.hub.code import nearest_of_ours, reference, write_code
-from proscale_hf.hub.names import resolved
+from proscale_hf.models.installed import resolved
 
 
 class ProScaleConfigMixin:

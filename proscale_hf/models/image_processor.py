@@ -28,10 +28,10 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import requires_backends
 
-from proscale_hf.hub.card_file import CARD_NAME, renew_card
+from proscale_hf.hub.card_mark import CARD_NAME
 from proscale_hf.hub.code import reference, write_code
-from proscale_hf.hub.names import resolved
 from proscale_hf.hub.upload import HubRepository, split_hub_arguments
+from proscale_hf.models.installed import renew_card, resolved
 from proscale_hf.processing.pixels import read_pixels
 from proscale_hf.processing.sizes import ImageSizes, pixel_mask, sizes_in_batch
 

@@ -15,7 +15,8 @@ from proscale_hf import (
     ProScaleMask2FormerImageProcessorPil,
     ProScaleMask2FormerModel,
 )
-from proscale_hf.hub.card_file import is_own_card, section, sign
+from proscale_hf.hub.card_file import section
+from proscale_hf.hub.card_mark import is_own_card, sign
 
 
 HAND_WRITTEN = "---\nlicense: mit\n---\n\n# Mine\r\n\nHands off: é\n"

@@ -54,8 +54,10 @@ def add(package: Path, module: str, text: str) -> type:
 
 
 def imports_of_ours(path: Path) -> set[str]:
-    """The files of the package that a file of the package imports."""
-    modules = {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
+    """The files of the package that a file of the package needs; it does without those that it tries to import."""
+    tree = ast.parse(path.read_text())
+    tried = {inner for node in ast.walk(tree) if isinstance(node, ast.Try) for inner in ast.walk(node)}
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node not in tried}
     return {name for name in modules if name.startswith("proscale_hf.")}
 
 
@@ -90,6 +92,13 @@ def test_image_processors_and_configurations_leave_without_models():
         parts = ("layers_", "encoders_", "backbones_", "losses_", "modeling_")
         settings = {"encoders_configuration.py", "backbones_presets.py"}
         assert not [name for name in flat_code(*classes) if name.startswith(parts) and name not in settings]
+
+
+def test_what_only_the_package_does_stays_at_home():
+    """Model cards, costs, presets and short names: nobody needs them to load, run, train or save a model."""
+    stays = {"hub_card_file", "hub_model_card", "hub_names", "models_counting"}
+    stays |= {"models_mask2former_cost", "models_mask2former_presets"}
+    assert not stays & {name.removesuffix(".py") for name in flat_code(*ALL)}
 
 
 def test_only_the_imports_are_changed():

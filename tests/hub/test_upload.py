@@ -10,7 +10,7 @@ from helpers import tiny_model
 from hub_server import HubServer
 from paths import TESTS
 from proscale_hf import ProScaleMask2FormerImageProcessorPil
-from proscale_hf.hub.card_file import is_own_card
+from proscale_hf.hub.card_mark import is_own_card
 
 
 HAND_WRITTEN = "---\nlicense: mit\n---\n\n# Mine\r\n\nHands off: é\n"

@@ -18,9 +18,13 @@ from proscale_hf.encoders.configuration import (
     check_weight,
 )
 from proscale_hf.models.configuration import ProScaleConfigMixin
-from proscale_hf.models.mask2former.presets import preset_settings
 from proscale_hf.processing.categories import check_categories
 
+
+try:
+    from proscale_hf.models.mask2former.presets import preset_settings
+except ImportError:  # the code that leaves with a model needs no other models' configurations
+    preset_settings = None
 
 PIXEL_EMBEDDINGS = ("maxpool", "avgpool", "conv", "none")
 
@@ -171,7 +175,10 @@ class ProScaleMask2FormerConfig(ProScaleConfigMixin, EncoderConfig):
 
         Raises:
             ValueError: there is no such preset, or a value is not possible.
+            ImportError: the configuration's code came with a model, and the package is not installed.
         """
+        if preset_settings is None:
+            raise ImportError("Presets do not come with a model's code; install the package proscale_hf for them.")
         return cls(**{**preset_settings(name), **changes})
 
     @property

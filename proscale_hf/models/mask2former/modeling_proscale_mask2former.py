@@ -5,6 +5,7 @@ encoder, stands in files of its own; see `encoders/choice.py`.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,9 +15,7 @@ from transformers.utils import ModelOutput
 from proscale_hf.layers.linear import Linear
 from proscale_hf.losses.segmentation import UniversalSegmentationLoss
 from proscale_hf.models.base import ProScalePreTrainedModel
-from proscale_hf.models.counting import Cost
 from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
-from proscale_hf.models.mask2former.cost import measure_cost
 from proscale_hf.models.mask2former.mask_decoder import (
     MaskDecoder,
     predict_masks,
@@ -24,6 +23,12 @@ from proscale_hf.models.mask2former.mask_decoder import (
 from proscale_hf.models.mask2former.pixel_level_module import PixelLevelModule
 from proscale_hf.models.mask_labels import packed_labels
 from proscale_hf.models.padding import pad_to_stride, prepare_images
+
+
+try:
+    from proscale_hf.models.mask2former.cost import measure_cost
+except ImportError:  # only model cards have costs, and only the installed package writes them
+    measure_cost = None
 
 
 @dataclass
@@ -115,7 +120,7 @@ class ProScaleMask2FormerPreTrainedModel(ProScalePreTrainedModel):
     ]
 
     @classmethod
-    def measure_cost(cls, config: ProScaleMask2FormerConfig, height: int, width: int) -> Cost:
+    def measure_cost(cls, config: ProScaleMask2FormerConfig, height: int, width: int) -> Any:
         """What one image of this height and width, in pixels, costs the segmentation model of a configuration."""
         return measure_cost(ProScaleMask2FormerForUniversalSegmentation, config, height, width)
 
