@@ -38,6 +38,8 @@ def needed_libraries(extra: str = "evaluate") -> Iterator[None]:
     try:
         yield
     except ImportError as error:
+        if (error.name or "").partition(".")[0] == __name__.partition(".")[0]:
+            raise  # no library is missing, this package is broken
         reason = f"{error.name} is not installed" if error.name else str(error).strip().partition(". ")[0]
         raise CommandError(f'{reason}: pip install "proscale-hf[{extra}]"') from error
 

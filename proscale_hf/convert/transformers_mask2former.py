@@ -39,11 +39,11 @@ from proscale_hf.convert.model_building import build_model, expected_tensors
 from proscale_hf.convert.options import add_output_options, given_categories
 from proscale_hf.convert.output import check_output, check_shard_size, write_model_folder
 from proscale_hf.data.categories import CATEGORY_SETS, load_categories
+from proscale_hf.encoders.configuration import TOKEN_RECALIBRATIONS
 from proscale_hf.hub.auto_classes import image_processor_class
 from proscale_hf.hub.errors import explain
 from proscale_hf.models.mask2former.configuration_proscale_mask2former import (
     PIXEL_EMBEDDINGS,
-    TOKEN_RECALIBRATIONS,
     ProScaleMask2FormerConfig,
 )
 from proscale_hf.models.mask2former.modeling_proscale_mask2former import ProScaleMask2FormerForUniversalSegmentation

@@ -41,6 +41,6 @@ def test_kernels_without_their_library(monkeypatch):
 
 
 def test_no_kernel_to_be_had(monkeypatch, capsys):
-    monkeypatch.setattr("proscale_hf.models.mask2former.modeling_proscale_mask2former.use_kernel", lambda *_: "pytorch")
+    monkeypatch.setattr("proscale_hf.models.base.use_kernel", lambda *_: "pytorch")
     place_model(tiny_model(), options("--use-kernels", "--device", "cpu"))
     assert "runs in PyTorch" in capsys.readouterr().err

@@ -32,7 +32,7 @@ def prefix(request):
 @pytest.fixture
 def output(tmp_path, prefix):
     """Two checkpoints, and what is none."""
-    for name in ("10", "00000009", "9.partial", "old"):
+    for name in ("10", "9", "9.partial", "old"):
         (tmp_path / f"{prefix}{name}").mkdir(parents=True)
     (tmp_path / f"{prefix}11").touch()
     (tmp_path / f"{prefix}1").parent.joinpath(".unfinished", "checkpoint-12").mkdir(parents=True)
@@ -40,7 +40,7 @@ def output(tmp_path, prefix):
 
 
 def test_checkpoints_come_in_the_order_of_their_steps(output, prefix):
-    assert checkpoints(output, prefix) == [output / f"{prefix}00000009", output / f"{prefix}10"]
+    assert checkpoints(output, prefix) == [output / f"{prefix}9", output / f"{prefix}10"]
     assert checkpoints(output / "nowhere", prefix) == []
 
 
