@@ -61,8 +61,8 @@ def write_model_folder(
     output = _absolute(output)
     try:
         with folder_written_whole(output) as folder:
+            image_processor.save_pretrained(folder)  # first: the model's card has the costs for its size
             model.save_pretrained(folder, max_shard_size=max_shard_size)
-            image_processor.save_pretrained(folder)
     except OSError as error:
         raise ConversionError(f"{output} cannot be written: {error.strerror or error}.") from error
     except SafetensorError as error:
