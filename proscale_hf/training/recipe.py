@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers import PreTrainedConfig
+
 from proscale_hf.evaluation.agreement import TASKS
 from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
 from proscale_hf.models.mask2former.presets import preset_settings
@@ -369,7 +371,11 @@ def _check(recipe: Recipe) -> None:
             raise RecipeError(f"model.preset: {error}") from error
 
 
-MODEL_FIELDS = tuple(vars(ProScaleMask2FormerConfig)["__annotations__"])
+MODEL_FIELDS = tuple(
+    entry.name
+    for entry in fields(ProScaleMask2FormerConfig)
+    if entry.name not in {general.name for general in fields(PreTrainedConfig)}
+)
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ from transformers import AutoConfig, Mask2FormerConfig, ResNetConfig, SwinConfig
 
 from helpers import tiny_config
 from proscale_hf import ProScaleMask2FormerConfig
+from proscale_hf.encoders.configuration import EncoderConfig
 
 
 def test_defaults_are_the_papers_swin_tiny_model():
@@ -138,7 +139,7 @@ def test_a_default_configuration_logs_nothing(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_every_field_is_documented():
-    documented = ProScaleMask2FormerConfig.__doc__
-    own = set(ProScaleMask2FormerConfig.__annotations__)
-    assert own and all(f"{name} (" in documented for name in own)
+@pytest.mark.parametrize("config_class", [ProScaleMask2FormerConfig, EncoderConfig])
+def test_every_field_is_documented(config_class):
+    own = set(vars(config_class)["__annotations__"])
+    assert own and all(f"{name} (" in config_class.__doc__ for name in own)
