@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import shutil
 from functools import cache
 from pathlib import Path
@@ -14,7 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from helpers import tiny_model
-from paths import FIXTURES, ROOT
+from parity_sets import FIXTURE, recorded_sets
+from paths import ROOT
 from proscale_hf import ProScaleMask2FormerImageProcessorPil
 from proscale_hf.cli.loading import load_model
 from proscale_hf.convert import ConversionError
@@ -22,9 +22,7 @@ from proscale_hf.convert.detectron2 import convert_checkpoint
 from proscale_hf.convert.verification import compare_with_recorded, report_on_image
 
 
-FIXTURE = FIXTURES / "parity_r50"
-MORE = Path(os.environ.get("PROSCALE_PARITY_DIR", FIXTURE / "none"))
-SETS = [FIXTURE, *sorted(path.parent for path in MORE.glob("*/model_final.pth"))]
+SETS = recorded_sets()
 STAGES = [
     "backbone.res3",
     "backbone.res4",

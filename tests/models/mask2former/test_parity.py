@@ -4,7 +4,6 @@ One set lies in `fixtures/parity_r50`. `PROSCALE_PARITY_DIR` may name a folder w
 """
 
 import json
-import os
 from functools import cache
 from pathlib import Path
 
@@ -15,15 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from helpers import as_products
-from paths import FIXTURES
+from parity_sets import recorded_sets
 from proscale_hf import ProScaleMask2FormerImageProcessorPil
 from proscale_hf.convert.detectron2 import convert_checkpoint
 from proscale_hf.processing.packed_masks import pack_masks
 
 
-FIXTURE = FIXTURES / "parity_r50"
-MORE = Path(os.environ.get("PROSCALE_PARITY_DIR", FIXTURE / "none"))
-SETS = [FIXTURE, *sorted(path.parent for path in MORE.glob("*/model_final.pth"))]
+SETS = recorded_sets()
 DRAWS = 24  # of the random points
 
 
