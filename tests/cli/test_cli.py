@@ -25,7 +25,7 @@ from proscale_hf.processing.pictures import load_image, save_image
 def saved_model(tmp_path_factory) -> Path:
     """A tiny model that is sure of class 1 everywhere, so that something is found; class 3 is stuff."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    model = tiny_model()
+    model = tiny_model(seed=1)
     with torch.no_grad():
         model.class_predictor.bias[1] += 20
     model.save_pretrained(folder)
