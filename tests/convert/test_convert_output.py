@@ -118,7 +118,7 @@ def test_an_empty_folder_is_replaced(tmp_path):
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("other")])
 def test_nothing_stays_of_a_failed_write(tmp_path, monkeypatch, error):
     def fail(self, folder, **options):
-        Path(folder).mkdir(parents=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "half").write_text("x")
         raise error
 
