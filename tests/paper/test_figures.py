@@ -299,7 +299,7 @@ def test_a_tower_is_no_taller_than_its_row_may_be():
 
 
 def test_segments_of_a_model(processor, image):
-    model = tiny_model(seed=1)
+    model = tiny_model(seed=7)  # whose masks leave something of the picture
     with torch.no_grad():
         model.class_predictor.bias[1] += 20
     segments = panoptic_maps.find_panoptic_segments(model, processor, image)

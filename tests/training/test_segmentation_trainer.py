@@ -131,7 +131,7 @@ def test_terms_are_averaged_over_the_steps_since_the_last_entry(processor, tmp_p
 
 def test_faults_are_counted_in_the_log(processor, tmp_path):
     trainer = make_trainer(tmp_path, processor, max_steps=1, train=Squares(skipped=("a.png", "b.png")))
-    trainer.model.criterion.non_finite_costs = 3
+    trainer.model.criterion.matcher.non_finite_costs = 3
     trainer.train()
     assert logged(trainer, "skipped_images") == [2]
     assert logged(trainer, "non_finite_costs") == [3]
