@@ -145,16 +145,16 @@ def test_a_model_that_cannot_be_saved_leaves_the_one_before(run, tmp_path, monke
 
 
 def test_matching_costs_that_are_not_numbers_are_counted(run, tmp_path, monkeypatch):
-    from proscale_hf.losses.segmentation import UniversalSegmentationLoss
+    from proscale_hf.losses.matching import Matcher
 
-    def spoilt(self, *arguments, cost=UniversalSegmentationLoss.matching_cost):
+    def spoilt(self, *arguments, cost=Matcher.cost):
         costs = cost(self, *arguments)
         costs.view(-1)[:1] = float("nan")
         return costs
 
     run(tmp_path / "whole", "optimization.max_steps=2")
     assert not log_of(tmp_path / "whole", "non_finite_costs")
-    monkeypatch.setattr(UniversalSegmentationLoss, "matching_cost", spoilt)
+    monkeypatch.setattr(Matcher, "cost", spoilt)
     run(tmp_path / "spoilt", "optimization.max_steps=2")
     assert log_of(tmp_path / "spoilt", "non_finite_costs") == {1: 4, 2: 8}  # one in each of the four images
 
