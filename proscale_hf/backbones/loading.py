@@ -6,6 +6,7 @@ they were, so weights, their names and results stay as they are.
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import load_backbone as load_transformers_backbone
@@ -15,6 +16,7 @@ from proscale_hf.backbones.mvit_windows import use_hybrid_windows
 from proscale_hf.backbones.swin_mlp import LeanSwinMLP
 from proscale_hf.backbones.swin_strips import SwinLayerInStrips, SwinPatchMergingInStrips
 from proscale_hf.layers.linear import Linear
+from proscale_hf.layers.untouched import mark_as_built
 
 
 FASTER = {  # subclasses with the same weights and results
@@ -50,11 +52,33 @@ def load_backbone(config: PreTrainedConfig, feature_strides: Sequence[int]) -> n
     return backbone
 
 
+def check_strides(feature_maps: Sequence[torch.Tensor], size: tuple[int, int], feature_strides: Sequence[int]) -> None:
+    """Refuse maps that do not have the strides that the configuration declares.
+
+    Args:
+        feature_maps: (batch, channels, height, width) each, of the backbone.
+        size: height and width of the pixels that they were made of.
+        feature_strides: what the configuration says, in the same order.
+
+    Raises:
+        ValueError: the sides of a map are not those of the image divided by its stride, rounded down or up.
+    """
+    for feature_map, stride in zip(feature_maps, feature_strides, strict=True):
+        shape = tuple(feature_map.shape[-2:])
+        if not all(side // stride <= length <= -(-side // stride) for side, length in zip(size, shape, strict=True)):
+            found = [round(size[0] / other.shape[-2]) for other in feature_maps]
+            raise ValueError(
+                f"The backbone's maps have strides of about {found}, but `feature_strides` says "
+                f"{list(feature_strides)}: set `feature_strides`, or `out_features` in `backbone_config`."
+            )
+
+
 def make_faster(backbone: nn.Module) -> None:
     """Make each module of a class in `FASTER` one of the faster class, in place, with its weights and hooks."""
     for module in backbone.modules():
         if type(module) in FASTER:
             module.__class__ = FASTER[type(module)]
+    mark_as_built(backbone)
 
 
 def freeze(backbone: nn.Module, batch_norms: bool) -> None:

@@ -11,7 +11,8 @@ from torch import nn
 from transformers.activations import GELUActivation
 from transformers.models.swin.modeling_swin import SwinMLP
 
-from proscale_hf.layers.linear import Linear, OneDNNLinear, linear, linear_gradients
+from proscale_hf.layers.linear import OneDNNLinear, linear, linear_gradients
+from proscale_hf.layers.untouched import is_untouched
 
 
 class LeanSwinMLP(SwinMLP):
@@ -21,17 +22,11 @@ class LeanSwinMLP(SwinMLP):
         """(batch, tokens, channels) -> the same."""
         is_gelu = type(self.activation_fn) is GELUActivation and self.activation_fn.act is nn.functional.gelu
         is_followed = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if not (torch.is_grad_enabled() and is_gelu and is_untouched(self.fc2)) or is_followed:
+        if is_followed or not (torch.is_grad_enabled() and is_gelu and is_untouched(self)):
             return super().forward(hidden_states)
         expanded = self.fc1(hidden_states)
         output = LinearOfGelu.apply(expanded.flatten(0, -2), self.fc2.weight, self.fc2.bias)
         return output.unflatten(0, expanded.shape[:-1])
-
-
-def is_untouched(layer: nn.Module) -> bool:
-    """Whether a call is the product with the weights and nothing else, without adapter, hook or quantisation."""
-    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
-    return type(layer) is Linear and "forward" not in vars(layer) and not any(hooks)
 
 
 class LinearOfGelu(OneDNNLinear):

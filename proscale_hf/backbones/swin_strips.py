@@ -9,19 +9,22 @@ import torch
 from torch import nn
 from transformers.models.swin.modeling_swin import SwinLayer, SwinPatchMerging
 
+from proscale_hf.layers.untouched import is_untouched
+
 
 CPU_TOKENS = 4096  # worked on at once, roughly
 NOT_ATTENDED = -100.0  # added to the logits of tokens that do not belong together; transformers' value
 
 
 def goes_in_strips(module: nn.Module, tokens: torch.Tensor) -> bool:
-    """Whether this is inference on the CPU, neither compiled nor traced."""
+    """Whether this is inference on the CPU, neither compiled nor traced, and no part of the module was touched."""
     return (
         tokens.device.type == "cpu"
         and not module.training
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
+        and is_untouched(module)
     )
 
 

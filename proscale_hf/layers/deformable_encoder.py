@@ -10,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from proscale_hf.layers.linear import Linear
 from proscale_hf.layers.ms_deform_attn import FusedMultiScaleDeformableAttention, token_parts
+from proscale_hf.layers.untouched import is_untouched, mark_as_built
 
 
 class TokenGrid(NamedTuple):
@@ -202,6 +203,7 @@ class DeformableEncoderLayer(GradientCheckpointingLayer):
         self.fc2 = Linear(feedforward_dim, channels)
         self.final_layer_norm = nn.LayerNorm(channels)
         self.dropout = nn.Dropout(dropout)
+        mark_as_built(self)
 
     def forward(
         self,
@@ -223,6 +225,8 @@ class DeformableEncoderLayer(GradientCheckpointingLayer):
         residual = hidden_states[:, :num_queries]
         queries = residual + position_embeddings[:, :num_queries]
         attended = self.self_attn(queries, hidden_states, grid, grid.reference_points[:, :num_queries])
+        if not is_untouched(self.self_attn_layer_norm, self.fc1, self.fc2, self.final_layer_norm, self.dropout):
+            return self._transform(residual, attended)
         parts = [self._transform(*part) for part in zip(token_parts(residual), token_parts(attended), strict=True)]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 

@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 from proscale_hf.layers.attention import SelfAttention, multi_head_attention
 from proscale_hf.layers.linear import Linear, linear, suits_onednn
 from proscale_hf.layers.position_embedding import sine_position_embedding
+from proscale_hf.layers.table import Table
 from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
 
 
@@ -51,13 +52,13 @@ class MaskDecoder(nn.Module):
         super().__init__()
         num_levels = len(config.encoder_strides)
         project = config.feature_size != config.hidden_dim or config.enforce_input_projection
-        self.queries_embedder = nn.Embedding(config.num_queries, config.hidden_dim)
-        self.queries_features = nn.Embedding(config.num_queries, config.hidden_dim)
+        self.queries_embedder = Table(config.num_queries, config.hidden_dim)
+        self.queries_features = Table(config.num_queries, config.hidden_dim)
         self.input_projections = nn.ModuleList(
             nn.Conv2d(config.feature_size, config.hidden_dim, kernel_size=1) if project else nn.Identity()
             for _ in range(num_levels)
         )
-        self.level_embed = nn.Embedding(num_levels, config.hidden_dim)
+        self.level_embed = Table(num_levels, config.hidden_dim)
         self.decoder = MaskedAttentionDecoder(config)
 
     def forward(
@@ -78,25 +79,30 @@ class MaskDecoder(nn.Module):
             Everything the heads need.
         """
         batch = mask_features.shape[0]
+        level_embeddings = self.level_embed()
         memories = [
-            self._memory(level, feature_map, mask_features, None if valid_sizes is None else valid_sizes[level])
+            self._memory(
+                self.input_projections[level](feature_map),
+                level_embeddings[level],
+                mask_features,
+                None if valid_sizes is None else valid_sizes[level],
+            )
             for level, feature_map in enumerate(multi_scale_features)
         ]
         return self.decoder(
-            hidden_states=self.queries_features.weight.expand(batch, -1, -1),
-            query_positions=self.queries_embedder.weight,
+            hidden_states=self.queries_features().expand(batch, -1, -1),
+            query_positions=self.queries_embedder(),
             memories=memories,
             output_attentions=output_attentions,
         )
 
+    @staticmethod
     def _memory(
-        self,
-        level: int,
-        feature_map: torch.Tensor,
+        projected: torch.Tensor,
+        level_embedding: torch.Tensor,
         mask_features: torch.Tensor,
         valid_sizes: torch.Tensor | None,
     ) -> "Memory":
-        projected = self.input_projections[level](feature_map)
         channels, height, width = projected.shape[1:]
         positions = sine_position_embedding(height, width, channels, projected.device, valid_sizes)
         # detached, since it only steers where queries look
@@ -104,7 +110,7 @@ class MaskDecoder(nn.Module):
             mask_features.detach(), size=(height, width), mode="bilinear", align_corners=False
         )
         return Memory(
-            values=projected.flatten(2).transpose(1, 2) + self.level_embed.weight[level],
+            values=projected.flatten(2).transpose(1, 2) + level_embedding,
             positions=positions.to(projected.dtype).flatten(2).transpose(1, 2),
             mask_features=resized.flatten(2),
             valid=None if valid_sizes is None else valid_positions(height, width, valid_sizes),
