@@ -5,6 +5,7 @@
 """
 
 import colorsys
+import functools
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -20,6 +21,7 @@ FILL_OPACITY = 0.5
 SMALLEST_LONG_SIDE = 800  # pixels; smaller photos are enlarged by a whole factor so that text fits in
 MOST_PIXELS = 16_000_000  # larger photos are drawn reduced
 SMALLEST_FONT = 14  # pixels
+STRIP_ROWS = 256  # of a map that are looked at in one go
 MARGIN_COLOR = (32, 32, 32)
 
 Color = tuple[int, int, int]
@@ -35,22 +37,30 @@ class Segment:
         label: the class's name.
         label_id: the class's number.
         box: the smallest box around the segment: left, top, right, bottom in pixels, the last two exclusive.
-        mask: which pixels of the box belong to the segment, bool, (bottom - top, right - left).
+        region: a map of what is in the box, (bottom - top, right - left): bool, or ids of segments. It may be a view of
+            the map of the whole image, so that many segments of a large image share its memory.
         is_thing: a countable object (True) or amorphous stuff such as grass (False).
         score: confidence in 0..1; None where there is none (semantic segmentation).
+        number: the value in `region` that stands for the segment.
     """
 
     label: str
     label_id: int
     box: Box
-    mask: np.ndarray
+    region: np.ndarray
     is_thing: bool = True
     score: float | None = None
+    number: int = 1
 
     @property
+    def mask(self) -> np.ndarray:
+        """Which pixels of the box belong to the segment: bool, (bottom - top, right - left)."""
+        return self.region == self.number
+
+    @functools.cached_property
     def area(self) -> int:
         """The number of pixels."""
-        return int(self.mask.sum())
+        return int(np.count_nonzero(self.mask))
 
     def full_mask(self, height: int, width: int) -> np.ndarray:
         """The mask over the whole image: bool, (height, width)."""
@@ -69,7 +79,7 @@ def segments_from_result(
         result: "segments_info", a list of {"id", "label_id", "score"}, and "segmentation", either an (H, W) map of
             segment ids, or (N, H, W) binary masks in the order of "segments_info" (these may overlap).
         id2label: the names of the classes, as in the model's config.
-        stuff_label_ids: classes that are not countable; the image processor's `label_ids_to_fuse`.
+        stuff_label_ids: classes that are not countable.
 
     Returns:
         The segments in the order of "segments_info", without those that have no pixel.
@@ -77,23 +87,22 @@ def segments_from_result(
     segmentation = np.asarray(result["segmentation"])
     infos = result["segments_info"]
     if segmentation.ndim == 3:
-        crops = [_crop(mask) for mask in segmentation.astype(bool)]
+        found = [(mask, True, _boxes(mask, [True]).get(True)) for mask in segmentation.astype(bool, copy=False)]
     else:
-        ids = segmentation.astype(np.int64)
-        windows = ndimage.find_objects(np.maximum(ids, -1) + 1)  # number 0 counts as no object there
-        by_id = {number - 1: window for number, window in enumerate(windows, start=1)}
-        crops = [_crop_window(ids == info["id"], by_id.get(info["id"])) for info in infos]
+        boxes = _boxes(segmentation, [info["id"] for info in infos])
+        found = [(segmentation, info["id"], boxes.get(info["id"])) for info in infos]
     return [
         Segment(
             label=_clean_label(id2label, info["label_id"]),
             label_id=info["label_id"],
-            box=crop[0],
-            mask=crop[1],
+            box=box,
+            region=_inside(segment_map, box),
             is_thing=info["label_id"] not in stuff_label_ids,
             score=float(info["score"]),
+            number=number,
         )
-        for info, crop in zip(infos, crops, strict=True)
-        if crop is not None
+        for info, (segment_map, number, box) in zip(infos, found, strict=True)
+        if box is not None
     ]
 
 
@@ -108,12 +117,17 @@ def segments_from_label_map(
         stuff_label_ids: classes that are not countable.
     """
     label_map = np.asarray(label_map)
-    segments = []
-    for label_id in np.unique(label_map).tolist():
-        if label_id in id2label:
-            box, mask = _crop(label_map == label_id)
-            is_thing = label_id not in stuff_label_ids
-            segments.append(Segment(_clean_label(id2label, label_id), label_id, box, mask, is_thing))
+    segments = [
+        Segment(
+            label=_clean_label(id2label, label_id),
+            label_id=label_id,
+            box=box,
+            region=_inside(label_map, box),
+            is_thing=label_id not in stuff_label_ids,
+            number=label_id,
+        )
+        for label_id, box in sorted(_boxes(label_map, id2label).items())
+    ]
     return sorted(segments, key=lambda segment: -segment.area)
 
 
@@ -211,16 +225,27 @@ def _drawing_scale(width: int, height: int) -> float:
     return min(1.0, math.sqrt(MOST_PIXELS / (width * height)))
 
 
-def _crop(mask: np.ndarray) -> tuple[Box, np.ndarray] | None:
-    windows = ndimage.find_objects(mask.astype(np.uint8))
-    return _crop_window(mask, windows[0] if windows else None)
+def _boxes(segment_map: np.ndarray, numbers: Collection[int]) -> dict[int, Box]:
+    """The boxes of those of the numbers that are in the map. Read in strips, since a copy may be large."""
+    places = {number: place for place, number in enumerate(sorted(numbers), start=1)}
+    known = np.array(sorted(numbers))
+    boxes: dict[int, Box] = {}
+    for top in range(0, len(segment_map) if places else 0, STRIP_ROWS):
+        strip = segment_map[top : top + STRIP_ROWS]
+        place = np.searchsorted(known, strip).clip(max=len(known) - 1)
+        windows = ndimage.find_objects(np.where(known[place] == strip, place + 1, 0))
+        for number, place in places.items():
+            if place <= len(windows) and windows[place - 1] is not None:
+                rows, columns = windows[place - 1]
+                left, upper, right, _ = boxes.get(number, (columns.start, top + rows.start, columns.stop, 0))
+                boxes[number] = (min(left, columns.start), upper, max(right, columns.stop), top + rows.stop)
+    return boxes
 
 
-def _crop_window(mask: np.ndarray, window: tuple[slice, slice] | None) -> tuple[Box, np.ndarray] | None:
-    if window is None:
-        return None
-    rows, columns = window
-    return (columns.start, rows.start, columns.stop, rows.stop), mask[window].copy()
+def _inside(segment_map: np.ndarray, box: Box) -> np.ndarray:
+    """The part of a map in a box, as a view."""
+    left, top, right, bottom = box
+    return segment_map[top:bottom, left:right]
 
 
 def _clean_label(id2label: Mapping[int, str], label_id: int) -> str:
