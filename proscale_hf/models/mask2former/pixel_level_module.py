@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from proscale_hf.backbones.loading import freeze, load_backbone
+from proscale_hf.backbones.loading import check_strides, freeze, load_backbone
 from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
 from proscale_hf.models.mask2former.pixel_decoder import PixelDecoder
 
@@ -91,6 +91,8 @@ class PixelLevelModule(nn.Module):
     def run(self, pixel_values: torch.Tensor) -> PixelLevelModuleOutput:
         """Backbone and pixel decoder for images of one size."""
         backbone_maps = tuple(self.encoder(pixel_values).feature_maps)
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            check_strides(backbone_maps, tuple(pixel_values.shape[-2:]), self.strides)
         decoded = self.decoder(backbone_maps)
         return PixelLevelModuleOutput(backbone_maps, decoded.multi_scale_features, decoded.mask_features)
 
