@@ -1,5 +1,7 @@
 """Masks and classes of objects as models that segment take them: checked, and packed."""
 
+import warnings
+
 import torch
 
 from proscale_hf.processing.packed_masks import number_of_planes, pack_masks
@@ -29,7 +31,24 @@ def packed_labels(
         ValueError: see [`check_labels`].
     """
     check_labels(mask_labels, packed_masks, class_labels, pixel_values)
-    return packed_masks if mask_labels is None else [pack_masks(masks, ignore_value) for masks in mask_labels]
+    if mask_labels is None:
+        return packed_masks
+    return [_packed(f"Image {i}", masks, ignore_value) for i, masks in enumerate(mask_labels)]
+
+
+def _packed(name: str, masks: torch.Tensor, ignore_value: int) -> torch.Tensor:
+    """The masks of an image, packed. A word is said where white was meant for the object, and stands for void."""
+    try:
+        planes = pack_masks(masks, ignore_value)
+    except ValueError as error:
+        raise ValueError(f"{name}: `mask_labels`: {error}.") from None
+    if not torch.compiler.is_compiling() and planes[0].any() and (planes[0] <= 1).all() and not planes[1:].any():
+        warnings.warn(
+            f"{name}: no pixel of `mask_labels` is 1, so nothing is learned from its objects; {ignore_value} is void, "
+            "and objects are 1.",
+            stacklevel=4,
+        )
+    return planes
 
 
 def check_labels(

@@ -8,6 +8,8 @@ overlap. Where void is set, the other bits do not matter.
 
 import torch
 
+from proscale_hf.files.text import few
+
 
 VOID_VALUE = 255  # in masks that are not packed
 
@@ -21,17 +23,26 @@ def pack_masks(masks: torch.Tensor, ignore_value: int = VOID_VALUE) -> torch.Ten
     """Pack one mask per object.
 
     Args:
-        masks: (objects, height, width) of any type; 1 = object, `ignore_value` = void, anything else = not the object.
-            A pixel that is void in one of the masks is void for all.
+        masks: (objects, height, width) of any type; 1 = object, 0 = not the object, `ignore_value` = void. A pixel that
+            is void in one of the masks is void for all.
         ignore_value: the value of void pixels.
 
     Returns:
         (planes, height, width) uint8.
+
+    Raises:
+        ValueError: a mask has another value; not checked in a compiled graph.
     """
     planes = masks.new_zeros((number_of_planes(len(masks)), *masks.shape[1:]), dtype=torch.uint8)
+    is_known = torch.ones((), dtype=torch.bool, device=masks.device)
     for index, mask in enumerate(masks, start=1):
-        planes[index // 8] |= (mask == 1).to(torch.uint8) << index % 8
-        planes[0] |= mask == ignore_value
+        is_object, is_void = mask == 1, mask == ignore_value
+        planes[index // 8] |= is_object.to(torch.uint8) << index % 8
+        planes[0] |= is_void
+        is_known &= (is_object | is_void | (mask == 0)).all()
+    if not torch.compiler.is_compiling() and not is_known:
+        wrong = masks[(masks != 0) & (masks != 1) & (masks != ignore_value)].unique().tolist()
+        raise ValueError(f"masks must be 0 and 1, and {ignore_value} where void, but there is {few(wrong)}")
     return planes
 
 

@@ -136,3 +136,15 @@ def test_which_objects_are_there_and_only_those(objects, size):
     assert selected.shape == (number_of_planes(int(there.sum())), *size)
     assert torch.equal(unpack_masks(selected, int(there.sum())), unpack_masks(planes, objects)[there])
     assert selected[0, 0, 0] & 1
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(2, torch.uint8), (254, torch.uint8), (0.5, torch.float32), (-1, torch.int64)]
+)
+def test_other_values_than_object_and_void_are_refused(value, dtype):
+    masks = torch.zeros((3, 4, 4), dtype=dtype)
+    masks[0, 0, 0], masks[1, 1, 1], masks[2, 3, 3] = 1, 255, value
+    with pytest.raises(ValueError, match=rf"must be 0 and 1, and 255 where void, but there is \[{value}\]"):
+        pack_masks(masks)
+    masks[2, 3, 3] = 0
+    pack_masks(masks)
