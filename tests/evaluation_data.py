@@ -91,9 +91,9 @@ class NearlyRight(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.config = SimpleNamespace(id2label=dict(enumerate(self.names)))
+        self.config = SimpleNamespace(id2label=dict(enumerate(self.names)), stuff_label_ids=lambda unsaid=None: unsaid)
 
-    def forward(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor, **_: object) -> dict[str, torch.Tensor]:
         outputs = []
         for image in pixel_values:
             answer = self.answers[int(255 * image[0, 0, 0]) % len(self.answers)]

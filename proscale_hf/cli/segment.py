@@ -10,6 +10,7 @@ from proscale_hf.cli.command_line import Subcommand
 from proscale_hf.cli.console import CommandError, progress, user_errors
 from proscale_hf.cli.device import add_device_options, place_model
 from proscale_hf.cli.loading import load_model
+from proscale_hf.cli.numbers import positive
 from proscale_hf.evaluation.agreement import TASKS
 
 
@@ -27,6 +28,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "comes with the package; it knows handwritten digits on brick, grass and gravel)",
     )
     parser.add_argument("--task", choices=TASKS, default="panoptic", help="default: %(default)s")
+    parser.add_argument(
+        "--top-k",
+        type=positive,
+        metavar="N",
+        help="with --task instance: at most this many instances (default: the model's own number, or as many as it has "
+        "queries, but at least 100)",
+    )
     parser.add_argument(
         "--output", metavar="FILE", help="the picture to write (default: PHOTO_segmented.png in this folder)"
     )
@@ -58,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
         model, processor = load_model(options.model)
         place_model(model, options)
     with progress("segmenting"), user_errors():
-        segments = segment_image(image, model, processor, options.task)
+        segments = segment_image(image, model, processor, options.task, options.top_k)
     categories = {segment.label_id: model.config.category(segment.label_id) or {} for segment in segments}
     colors = {label_id: tuple(category["color"]) for label_id, category in categories.items() if "color" in category}
     with progress("drawing"), user_errors():
@@ -73,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"wrote {output}" + (f" and {options.json}" if options.json else ""))
 
 
-def segment_image(image: Any, model: Any, processor: Any, task: str) -> list[Any]:
+def segment_image(image: Any, model: Any, processor: Any, task: str, top_k: int | None = None) -> list[Any]:
     """Runs the model on one image.
 
     Args:
@@ -81,6 +89,7 @@ def segment_image(image: Any, model: Any, processor: Any, task: str) -> list[Any
         model: the segmentation model.
         processor: its image processor.
         task: one of `TASKS`.
+        top_k: of the task "instance": how many instances at most; None: as the image processor says.
 
     Returns:
         The segments found, as `visualization.Segment`.
@@ -98,11 +107,11 @@ def segment_image(image: Any, model: Any, processor: Any, task: str) -> list[Any
         size = f"{image.width} x {image.height}"
         raise CommandError(f"the model failed on this {size} image: {one_line(error)[:200]}") from error
     sizes = {"target_sizes": [(image.height, image.width)]}
-    names, stuff = model.config.id2label, set(processor.label_ids_to_fuse)
+    names, stuff = model.config.id2label, set(model.config.stuff_label_ids(processor.label_ids_to_fuse))
     if task == "semantic":
         return segments_from_label_map(processor.post_process_semantic_segmentation(outputs, **sizes)[0], names, stuff)
     if task == "instance":
-        result = processor.post_process_instance_segmentation(outputs, return_binary_maps=True, **sizes)[0]
+        result = processor.post_process_instance_segmentation(outputs, return_binary_maps=True, top_k=top_k, **sizes)[0]
     else:
         result = processor.post_process_panoptic_segmentation(outputs, **sizes)[0]
     return segments_from_result(result, names, stuff)

@@ -67,7 +67,7 @@ def match_labels(
 
     Args:
         id2label: the model's, from its configuration.
-        stuff_labels: the model's labels that are stuff, which are `label_ids_to_fuse` of its image processor.
+        stuff_labels: the model's labels that are stuff.
         categories: the data set's, in label order.
         tasks: some of `TASKS`.
 
@@ -97,7 +97,8 @@ def match_labels(
         ]
         if disputed:
             raise ValueError(
-                f"Image processor and data set disagree on what is thing and stuff: {few(disputed)}; set "
-                "label_ids_to_fuse in the model's preprocessor_config.json to the labels that are stuff."
+                f"Model and data set disagree on what is thing and stuff: {few(disputed)}; correct `isthing` in "
+                "`categories` of the model's config.json, or, if it has none, label_ids_to_fuse in its "
+                "preprocessor_config.json."
             )
     return label_map

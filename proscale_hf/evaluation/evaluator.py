@@ -29,6 +29,7 @@ from proscale_hf.evaluation.coco_files import PredictionFiles
 from proscale_hf.evaluation.instance_truth import InstanceAnnotations, ThingSegments
 from proscale_hf.evaluation.mean_iou import MeanIoU
 from proscale_hf.evaluation.panoptic_quality import PanopticQuality
+from proscale_hf.processing.postprocessing import COCO_DETECTIONS
 
 
 VOID_LABEL = -1
@@ -59,6 +60,9 @@ class Evaluator:
         self.tasks = [task for task in TASKS if task in tasks]
         self.label_map = list(range(len(categories))) if label_map is None else list(label_map)
         self.category_ids = [None if label is None else categories[label]["id"] for label in self.label_map]
+        self.stuff_labels = [  # of the model
+            label for label, own in enumerate(self.label_map) if own is not None and not categories[own]["isthing"]
+        ]
         self.true_instances = instance_annotations or ThingSegments(categories)
         self.files = files
         self.reset()
@@ -92,7 +96,9 @@ class Evaluator:
             self.images += 1
 
     def _panoptic(self, sample: Sample, output: Any, image_processor: Any, options: dict[str, Any]) -> None:
-        result = image_processor.post_process_panoptic_segmentation(output, **options)[0]
+        result = image_processor.post_process_panoptic_segmentation(
+            output, label_ids_to_fuse=self.stuff_labels, **options
+        )[0]
         segment_map = result["segmentation"].cpu().numpy()
         segments = [
             {"id": segment["id"], "category_id": self.category_ids[segment["label_id"]]}
@@ -112,7 +118,12 @@ class Evaluator:
 
     def _instance(self, sample: Sample, output: Any, image_processor: Any, options: dict[str, Any]) -> None:
         result = image_processor.post_process_instance_segmentation(
-            output, threshold=0.0, return_coco_annotation=True, **options
+            output,
+            threshold=0.0,
+            return_coco_annotation=True,
+            top_k=COCO_DETECTIONS,
+            label_ids_to_fuse=self.stuff_labels,
+            **options,
         )[0]
         found = [
             {"category_id": self.category_ids[segment["label_id"]], "segmentation": mask, "score": segment["score"]}
@@ -238,7 +249,8 @@ def evaluate(
     if accelerator is not None:
         model = accelerator.unwrap_model(model)
     tasks = choose_tasks(dataset, tasks, instance_annotations)
-    label_map = match_labels(model.config.id2label, image_processor.label_ids_to_fuse, dataset.categories, tasks)
+    stuff = model.config.stuff_label_ids(image_processor.label_ids_to_fuse)
+    label_map = match_labels(model.config.id2label, stuff, dataset.categories, tasks)
     evaluator = Evaluator(dataset.categories, tasks, label_map, instance_annotations, files)
     rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     share = BatchShare(len(dataset), batch_size, rank, processes)

@@ -1,6 +1,7 @@
 """What the configurations of all families share: short names, categories, and the code that is saved with them."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,20 @@ class ProScaleConfigMixin:
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         write_code(save_directory, config_class)
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    def stuff_label_ids(self, unsaid: Iterable[int] | None = None) -> Iterable[int] | None:
+        """
+        The labels that are stuff, not countable things.
+
+        Args:
+            unsaid: what to return if no category says whether it is a thing.
+
+        Returns:
+            Those whose category says `"isthing": 0`; a label without a category of its name is a thing.
+        """
+        if not any("isthing" in category for category in self.categories or ()):
+            return unsaid
+        return [label for label in sorted(self.id2label) if (self.category(label) or {}).get("isthing") == 0]
 
     def category(self, label_id: int) -> dict[str, Any] | None:
         """

@@ -143,8 +143,9 @@ class ImageProcessorMixin:
 
         Returns:
             `BatchFeature`: `pixel_values` float32 (batch, channels, height, width); `pixel_mask` int64
-            (batch, height, width), 1 where the image is; the family's labels, if there are annotations. Tensors or
-            arrays as `return_tensors` says, by default what the backend works with.
+            (batch, height, width), 1 where the image is; `image_sizes` int64 (batch, 2), height and width of each
+            image in the batch, without padding; the family's labels, if there are annotations. Tensors or arrays as
+            `return_tensors` says, by default what the backend works with.
 
         Raises:
             `ValueError`: one line that names the image at fault.
@@ -176,10 +177,12 @@ class ImageProcessorMixin:
         )
         tensor_type = settings["return_tensors"] or ("np" if self.backend == "pil" else "pt")
         pixel_values = self._normalized_batch(pictures, sizes, **settings)
-        batch = BatchFeature({"pixel_values": pixel_values, "pixel_mask": pixel_mask(sizes)}, tensor_type=tensor_type)
+        facts = {"pixel_mask": pixel_mask(sizes), "image_sizes": np.array([size.resized for size in sizes])}
+        batch = BatchFeature({"pixel_values": pixel_values, **facts}, tensor_type=tensor_type)
         if tensor_type == "pt":
             device = batch["pixel_values"].device
-            batch["pixel_mask"] = batch["pixel_mask"].to(device)
+            for name in facts:
+                batch[name] = batch[name].to(device)
         for name, arrays in self._labels(*annotations, sizes=sizes, settings=settings).items():
             if tensor_type == "pt":
                 arrays = [torch.from_numpy(array).to(device) for array in arrays]

@@ -11,7 +11,7 @@ class ImageBatch(NamedTuple):
     Attributes:
         pixel_values: (batch, channels, height, width), as they came, or padded to a multiple of the stride.
         padded_sizes: (batch, 2) int64, height and width of `pixel_values`, once for each image.
-        image_sizes: (batch, 2) int64, height and width of each image without padding; None if no mask says it.
+        image_sizes: (batch, 2) int64, height and width of each image without padding; None if nobody says it.
         sizes_alone: (batch, 2) int64, what each image would be padded to if it were alone; None where padding counts
             as image.
     """
@@ -23,7 +23,11 @@ class ImageBatch(NamedTuple):
 
 
 def prepare_images(
-    pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None, stride: int, is_image_alone: bool
+    pixel_values: torch.Tensor,
+    pixel_mask: torch.Tensor | None,
+    image_sizes: torch.Tensor | None,
+    stride: int,
+    is_image_alone: bool,
 ) -> ImageBatch:
     """
     Check a batch of images, and find out what in it is padding.
@@ -31,15 +35,19 @@ def prepare_images(
     Args:
         pixel_values: (batch, channels, height, width).
         pixel_mask: (batch, height, width), 1 = image, 0 = padding at the bottom and right.
+        image_sizes: (batch, 2), height and width of each image in the batch; read if there is no mask.
         stride: of the coarsest map.
-        is_image_alone: with a mask, images are to be treated as if each were alone, padded to the stride; the batch is
-            padded to the stride too then.
+        is_image_alone: if their sizes are known, images are to be treated as if each were alone, padded to the stride;
+            the batch is padded to the stride too then.
 
     Raises:
         ValueError: an empty batch, or sizes that do not agree.
     """
-    check_pixels(pixel_values, pixel_mask)
-    image_sizes = None if pixel_mask is None else true_image_sizes(pixel_mask)
+    check_pixels(pixel_values, pixel_mask, image_sizes)
+    if pixel_mask is not None:
+        image_sizes = true_image_sizes(pixel_mask)
+    elif image_sizes is not None:
+        image_sizes = image_sizes.to(pixel_values.device, torch.int64)
     sizes_alone = None
     if image_sizes is not None and is_image_alone:
         pixel_values = pad_to_stride(pixel_values, stride)
@@ -60,7 +68,7 @@ def true_image_sizes(pixel_mask: torch.Tensor) -> torch.Tensor:
     return torch.stack((real.any(2).sum(1), real.any(1).sum(1)), dim=1).clamp(min=1)
 
 
-def check_pixels(pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) -> None:
+def check_pixels(pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None, image_sizes: torch.Tensor | None) -> None:
     """Refuse inputs that cannot be an image batch.
 
     Raises:
@@ -75,3 +83,15 @@ def check_pixels(pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) ->
             f"`pixel_mask` must be (batch, height, width) of `pixel_values` {tuple(pixel_values.shape)}, "
             f"got {tuple(pixel_mask.shape)}."
         )
+    if image_sizes is not None and image_sizes.shape != (len(pixel_values), 2):
+        raise ValueError(
+            f"`image_sizes` must be (batch, 2), a height and a width for each of {len(pixel_values)} images, "
+            f"got {tuple(image_sizes.shape)}."
+        )
+    if pixel_mask is None and image_sizes is not None and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        limit = torch.tensor(pixel_values.shape[-2:], device=image_sizes.device)
+        if not ((image_sizes >= 1) & (image_sizes <= limit)).all():
+            raise ValueError(
+                f"`image_sizes` must lie between 1 x 1 and the batch's {limit[0]} x {limit[1]}, "
+                f"got {image_sizes.tolist()}."
+            )

@@ -1,5 +1,6 @@
 """What the image processors of segmentation share: labels are masks, and logits become maps."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,11 +10,13 @@ from transformers.image_processing_outputs import SemanticSegmentationPostProces
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
 
+from proscale_hf.files.text import few
 from proscale_hf.models.image_processor import ImageProcessorMixin, PaddedImagesKwargs
+from proscale_hf.processing.batch_sizes import batch_sizes
 from proscale_hf.processing.labels import Annotations, LabelRules, make_labels
 from proscale_hf.processing.postprocessing import instance_segmentation, panoptic_segmentation, semantic_segmentation
 from proscale_hf.processing.run_length import coco_mask, encode_mask
-from proscale_hf.processing.sizes import ImageSizes, Size, as_sizes, resized_size
+from proscale_hf.processing.sizes import ImageSizes, Size
 
 
 class SegmentationImagesKwargs(PaddedImagesKwargs, total=False):
@@ -31,13 +34,17 @@ class SegmentationImagesKwargs(PaddedImagesKwargs, total=False):
     num_labels (`int`, *optional*):
         Number of classes; labels beyond it raise an error.
     label_ids_to_fuse (`list[int]`, *optional*, defaults to `[]`):
-        The stuff classes. Panoptic results have at most one segment of each; instance results have none.
+        The stuff classes, for outputs of a model that does not say which they are. Panoptic results have at most one
+        segment of each; instance results have none.
+    top_k (`int`, *optional*):
+        How many instances an image has at most. Without it: as many as the model has queries, but at least 100.
     """
 
     ignore_index: int | None
     do_reduce_labels: bool
     num_labels: int | None
     label_ids_to_fuse: list[int] | tuple[int, ...] | set[int] | None
+    top_k: int | None
 
 
 class SegmentationImageProcessorMixin(ImageProcessorMixin):
@@ -52,6 +59,7 @@ class SegmentationImageProcessorMixin(ImageProcessorMixin):
     ignore_index = 255
     do_reduce_labels = False
     label_ids_to_fuse = ()
+    top_k = None
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
@@ -86,9 +94,10 @@ class SegmentationImageProcessorMixin(ImageProcessorMixin):
 
         Returns:
             `BatchFeature`: `pixel_values` float32 (batch, channels, height, width); `pixel_mask` int64
-            (batch, height, width), 1 where the image is; with labels the lists `mask_labels`, uint8 (objects,
-            height, width) with 1 = object, 0 = not, 255 = void, and `class_labels`, int64 (objects,). Tensors
-            or arrays as `return_tensors` says, by default what the backend works with.
+            (batch, height, width), 1 where the image is; `image_sizes` int64 (batch, 2), height and width of each
+            image in the batch, without padding; with labels the lists `mask_labels`, uint8 (objects, height, width)
+            with 1 = object, 0 = not, 255 = void, and `class_labels`, int64 (objects,). Tensors or arrays as
+            `return_tensors` says, by default what the backend works with.
 
         Raises:
             `ValueError`: one line that names the image, ids or sizes at fault.
@@ -108,6 +117,7 @@ class SegmentationImageProcessorMixin(ImageProcessorMixin):
         label_ids_to_fuse: Iterable[int] | None = None,
         target_sizes: Any = None,
         padded_size: Size | None = None,
+        image_sizes: Any = None,
     ) -> list[dict]:
         """
         Panoptic results of a batch, see [`~postprocessing.panoptic_segmentation`]. The defaults are the
@@ -115,33 +125,32 @@ class SegmentationImageProcessorMixin(ImageProcessorMixin):
 
         Args:
             outputs: of the model; or an object or a dict with `class_queries_logits` and `masks_queries_logits`, as
-                tensors or arrays. It may also have (batch, 2) `padded_sizes`, the size of the batch that the model saw,
-                and `image_sizes`, those of the images in it. The model's outputs have both, if it got a `pixel_mask`.
-                Without `image_sizes` they are worked out from `target_sizes` and this processor's `size`.
+                tensors or arrays. It may also have what the model's outputs have: (batch, 2) `padded_sizes`, the size
+                of the batch that the model saw; (batch, 2) `image_sizes`, those of the images in it, if the model was
+                given them or a `pixel_mask`; (batch, labels) bool `stuff_labels`.
             threshold: queries whose best class probability is not above it are dropped.
             mask_threshold: mask probability from which a pixel belongs to a query's mask.
             overlap_mask_area_threshold: queries that win a smaller share of their masks are dropped.
-            label_ids_to_fuse: stuff classes; `None`: those of the processor.
+            label_ids_to_fuse: stuff classes; `None`: those that the model's outputs name, or else those of the
+                processor.
             target_sizes: (height, width) for each image, a list or a (batch, 2) tensor; `None`: as the model
                 saw it.
             padded_size: (height, width) of the batch that the model saw, for outputs without `padded_sizes`. Neither is
                 needed where all `target_sizes` are one multiple of the masks' size: then the maps are of the whole
                 batch, as its labels are.
+            image_sizes: (height, width) of each image in the batch, as preprocessing returns them, for outputs without
+                `image_sizes`. Without both, a single image is taken to fill its batch, with a warning.
 
         Returns:
             `list[dict]`: `"segmentation"`, int32 (height, width) with 0 for none, and `"segments_info"`,
             dicts of `"id"`, `"label_id"`, `"was_fused"`, `"score"`.
 
         Raises:
-            `ValueError`: logits are missing or hold NaN, sizes do not fit, or that of the batch is not known.
+            `ValueError`: logits are missing or hold NaN, sizes do not fit, or a size is not known.
         """
-        if label_ids_to_fuse is None:
-            label_ids_to_fuse = self.label_ids_to_fuse
-        logits = _logits(outputs)
         return panoptic_segmentation(
-            *logits,
-            **self._sizes(outputs, logits[1], target_sizes, padded_size),
-            label_ids_to_fuse=label_ids_to_fuse,
+            **_facts(outputs, target_sizes, padded_size, image_sizes),
+            label_ids_to_fuse=self._stuff(outputs, label_ids_to_fuse),
             object_mask_threshold=threshold,
             overlap_threshold=overlap_mask_area_threshold,
             mask_threshold=mask_threshold,
@@ -153,12 +162,13 @@ class SegmentationImageProcessorMixin(ImageProcessorMixin):
         target_sizes: Any = None,
         return_segmentation_scores: bool = False,
         padded_size: Size | None = None,
+        image_sizes: Any = None,
     ) -> list[torch.Tensor] | list[SemanticSegmentationPostProcessorOutput]:
         """
         Semantic maps of a batch, see [`~postprocessing.semantic_segmentation`].
 
         Args:
-            outputs, target_sizes, padded_size: as in [`post_process_panoptic_segmentation`].
+            outputs, target_sizes, padded_size, image_sizes: as in [`post_process_panoptic_segmentation`].
             return_segmentation_scores: give for each image an object with `segmentation` and
                 `segmentation_scores`, float32 (labels, height, width), which take much memory at large sizes.
 
@@ -168,11 +178,8 @@ class SegmentationImageProcessorMixin(ImageProcessorMixin):
         Raises:
             `ValueError`: as in [`post_process_panoptic_segmentation`].
         """
-        logits = _logits(outputs)
         results = semantic_segmentation(
-            *logits,
-            **self._sizes(outputs, logits[1], target_sizes, padded_size),
-            return_scores=return_segmentation_scores,
+            **_facts(outputs, target_sizes, padded_size, image_sizes), return_scores=return_segmentation_scores
         )
         if not return_segmentation_scores:
             return results
@@ -191,18 +198,23 @@ class SegmentationImageProcessorMixin(ImageProcessorMixin):
         return_coco_annotation: bool | None = False,
         return_binary_maps: bool | None = False,
         padded_size: Size | None = None,
+        image_sizes: Any = None,
+        top_k: int | None = None,
+        label_ids_to_fuse: Iterable[int] | None = None,
     ) -> list[dict]:
         """
-        Instances of a batch, see [`~postprocessing.instance_segmentation`]: all classes but
-        `label_ids_to_fuse`.
+        Instances of a batch, see [`~postprocessing.instance_segmentation`]: of all classes but stuff.
 
         Args:
-            outputs, target_sizes, padded_size: as in [`post_process_panoptic_segmentation`].
+            outputs, target_sizes, padded_size, image_sizes, label_ids_to_fuse: as in
+                [`post_process_panoptic_segmentation`].
             threshold: instances with a lower score are dropped.
             mask_threshold: mask probability above which a pixel belongs to an instance.
             overlap_mask_area_threshold: not used, instances may overlap; transformers' signature has it.
             return_coco_annotation: give masks as COCO run-length encodings (needs pycocotools).
-            return_binary_maps: give masks as one bool tensor.
+            return_binary_maps: give masks as one bool tensor. It takes instances x height x width bytes; the other
+                forms do not.
+            top_k: how many instances there are at most; `None`: the processor's `top_k`.
 
         Returns:
             `list[dict]`: `"segments_info"`, dicts of `"id"` (0, 1, ...), `"label_id"`, `"was_fused"`,
@@ -218,12 +230,12 @@ class SegmentationImageProcessorMixin(ImageProcessorMixin):
             raise ValueError("choose one of `return_coco_annotation` and `return_binary_maps`, not both")
         if return_coco_annotation and coco_mask is None:
             raise ImportError("`return_coco_annotation` needs pycocotools: pip install pycocotools")
-        logits = _logits(outputs)
-        num_labels = logits[0].shape[-1] - 1
+        facts = _facts(outputs, target_sizes, padded_size, image_sizes)
+        num_labels = facts["class_queries_logits"].shape[-1] - 1
         predictions = instance_segmentation(
-            *logits,
-            **self._sizes(outputs, logits[1], target_sizes, padded_size),
-            thing_label_ids=set(range(num_labels)) - set(self.label_ids_to_fuse),
+            **facts,
+            thing_label_ids=set(range(num_labels)) - self._stuff(outputs, label_ids_to_fuse),
+            top_k=self.top_k if top_k is None else top_k,
             score_threshold=max(threshold, torch.finfo(torch.float32).tiny),  # empty masks have the score 0
             mask_threshold=mask_threshold,
         )
@@ -235,11 +247,11 @@ class SegmentationImageProcessorMixin(ImageProcessorMixin):
                 for index, (label_id, score) in enumerate(pairs)
             ]
             if return_binary_maps:
-                segmentation = prediction["masks"]
+                segmentation = prediction["masks"].stacked()
             elif return_coco_annotation:
                 segmentation = [encode_mask(mask.cpu().numpy()) for mask in prediction["masks"]]
             else:
-                segmentation = _id_map(prediction["masks"])
+                segmentation = prediction["masks"].id_map()
             results.append({"segmentation": segmentation, "segments_info": segments_info})
         return results
 
@@ -261,54 +273,41 @@ class SegmentationImageProcessorMixin(ImageProcessorMixin):
         masks, classes = zip(*make_labels(annotations, sizes, rules), strict=True)
         return {"mask_labels": list(masks), "class_labels": list(classes)}
 
-    def _sizes(
-        self, outputs: Any, masks_queries_logits: torch.Tensor, target_sizes: Any, padded_size: Size | None
-    ) -> dict[str, Any]:
-        """The sizes for post-processing: of the padded batch, of the images in it, and of the results."""
-        batch, _, *mask_size = masks_queries_logits.shape
-        if target_sizes is not None:
-            target_sizes = as_sizes(target_sizes)
-            if len(target_sizes) != batch:
-                raise ValueError(f"got {len(target_sizes)} `target_sizes` for a batch of {batch} images")
-        if padded_size is None:
-            padded_size = _padded_size(_field(outputs, "padded_sizes"), target_sizes, mask_size)
-        image_sizes = _field(outputs, "image_sizes")
-        if image_sizes is not None:
-            image_sizes = as_sizes(image_sizes)
-        elif target_sizes is not None:
-            image_sizes = [self._size_in_batch(target_size, padded_size) for target_size in target_sizes]
-        else:
-            image_sizes = [padded_size] * batch
-        return {
-            "padded_size": padded_size,
-            "image_sizes": image_sizes,
-            "target_sizes": image_sizes if target_sizes is None else target_sizes,
-        }
-
-    def _size_in_batch(self, target_size: Size, padded_size: Size) -> Size:
-        """The size that an image of the target's size has in the batch; all of it, if that cannot be."""
-        if target_size == tuple(padded_size):  # of the batch's own labels, which are padded as it is
-            return padded_size
-        size = resized_size(target_size, self.size) if self.do_resize else target_size
-        return size if size[0] <= padded_size[0] and size[1] <= padded_size[1] else padded_size
+    def _stuff(self, outputs: Any, label_ids_to_fuse: Iterable[int] | None) -> set[int]:
+        """The stuff labels: as the caller says, else as the model says, else as this processor says."""
+        if label_ids_to_fuse is not None:
+            return set(label_ids_to_fuse)
+        own, flags = set(self.label_ids_to_fuse), _field(outputs, "stuff_labels")
+        if flags is None:
+            if own and _field(outputs, "padded_sizes") is None:  # not a model's outputs: whose labels are they?
+                warnings.warn(
+                    f"the outputs do not say which labels are stuff, so `label_ids_to_fuse` of the image processor is "
+                    f"taken: {few(own)}; it holds for the labels of the model that it was saved with",
+                    stacklevel=3,
+                )
+            return own
+        stuff = set(np.flatnonzero(np.asarray(torch.as_tensor(flags)[0].cpu())).tolist())
+        if own and own != stuff:
+            warnings.warn(
+                f"the stuff labels are those of the model, {few(stuff)}, and not "
+                f"`label_ids_to_fuse` of the image processor, {few(own)}; correct `categories` of the "
+                "model's configuration, or pass `label_ids_to_fuse`",
+                stacklevel=3,
+            )
+        return stuff
 
 
-def _padded_size(padded_sizes: Any, target_sizes: list[Size] | None, mask_size: Size) -> Size:
-    """The size of the batch, from what is known of it."""
-    if padded_sizes is not None:
-        sizes = sorted(set(as_sizes(padded_sizes)))
-        if len(sizes) > 1:
-            raise ValueError(f"the outputs are of batches of the sizes {sizes}: post-process one batch at a time")
-        return sizes[0]
-    # Evaluation loops such as those of transformers' scripts keep the logits alone, and ask for the labels' size.
-    if target_sizes is not None and len(set(target_sizes)) == 1:
-        height, width = target_sizes[0]
-        stride = height // mask_size[0]
-        if (height, width) == (stride * mask_size[0], stride * mask_size[1]):
-            return height, width
-    raise ValueError(
-        "the outputs do not say how large the padded batch was: pass `padded_size=(height, width)` of `pixel_values`"
+def _facts(outputs: Any, target_sizes: Any, padded_size: Any, image_sizes: Any) -> dict[str, Any]:
+    """Logits and sizes for post-processing, from the outputs and from what the caller says."""
+    classes, masks = _logits(outputs)
+    sizes = batch_sizes(
+        len(masks),
+        tuple(masks.shape[-2:]),
+        padded_sizes=_field(outputs, "padded_sizes") if padded_size is None else padded_size,
+        image_sizes=_field(outputs, "image_sizes") if image_sizes is None else image_sizes,
+        target_sizes=target_sizes,
     )
+    return {"class_queries_logits": classes, "masks_queries_logits": masks, **sizes}
 
 
 def _field(outputs: Any, name: str) -> Any:
@@ -320,11 +319,3 @@ def _logits(outputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if logits[0] is None or logits[1] is None:
         raise ValueError("the outputs need `class_queries_logits` and `masks_queries_logits`")
     return torch.as_tensor(logits[0]), torch.as_tensor(logits[1])
-
-
-def _id_map(masks: torch.Tensor) -> torch.Tensor:
-    """int32 (height, width) map of the masks' indices, -1 where there is none; earlier masks are on top."""
-    id_map = torch.full(masks.shape[1:], -1, dtype=torch.int32, device=masks.device)
-    for index in reversed(range(len(masks))):
-        id_map[masks[index]] = index
-    return id_map

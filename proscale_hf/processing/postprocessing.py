@@ -6,12 +6,13 @@ where transformers' `Mask2FormerImageProcessor` departs from these rules.
 
 Memory is bounded whatever the target size: there is never a tensor of (queries, target height, target width) floats.
 Two bilinear resizes in a row are linear and separable, so one matrix gives the rows of the target from the rows of the
-logits. The target is therefore worked out in strips of rows, each exactly what the whole would have been.
+logits. The target is therefore worked out in strips of rows, each exactly what the whole would have been. Masks of
+instances are made one by one, when they are asked for.
 """
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from proscale_hf.processing.sizes import Size, as_sizes
 Sizes = Sequence[Size] | Tensor
 
 STRIP_VALUES = 2**22  # float32 values in one strip of (queries or classes, rows, width): 16 MB
+COCO_DETECTIONS = 100  # instances of an image that COCO's average precision looks at
 LOGIT_LIMIT = 1e30  # half precision can overflow to infinity, and a resize makes NaN of 0 * infinity
 
 
@@ -136,7 +138,7 @@ def instance_segmentation(
     image_sizes: Sizes,
     target_sizes: Sizes,
     thing_label_ids: Collection[int],
-    top_k: int = 100,
+    top_k: int | None = None,
     score_threshold: float = 0.0,
     mask_threshold: float = 0.5,
 ) -> list[dict]:
@@ -145,13 +147,14 @@ def instance_segmentation(
 
     Args: as for [`panoptic_segmentation`], and
         thing_label_ids: labels that have instances; pairs of other labels are dropped after the best were taken.
-        top_k: how many pairs are taken, by class probability.
+        top_k: how many pairs are taken, by class probability; `None`: as many as there are queries, but at least 100,
+            which is COCO's number.
         score_threshold: pairs with a lower final score are dropped.
         mask_threshold: mask probability above which a pixel belongs to an instance.
 
     Returns:
         `list[dict]`: for each image, best first, `"scores"` (float32, class probability times the mean mask
-        probability inside the mask), `"labels"` (int64) and `"masks"` (bool, (instances, height, width)).
+        probability inside the mask), `"labels"` (int64) and `"masks"`, [`InstanceMasks`].
 
     Raises:
         `ValueError`: for NaN logits, and for sizes that are impossible or not one per image.
@@ -173,10 +176,17 @@ class _QueryMasks:
     image_size: Size
     target_size: Size
 
-    def select(self, queries: Tensor) -> "_QueryMasks":
-        return _QueryMasks(self.logits[queries], self.padded_size, self.image_size, self.target_size)
+    def select(self, queries: Tensor | list[int]) -> "_QueryMasks":
+        selected = replace(self, logits=self.logits[queries])
+        selected.__dict__["row_weights"] = self.row_weights  # the same for all queries
+        return selected
 
-    def strips(self, extra_channels: int = 0) -> Iterator[tuple[slice, Tensor]]:
+    @functools.cached_property
+    def row_weights(self) -> Tensor:
+        """(target height, height) what each row of the logits adds to the rows of the target, on the CPU."""
+        return self._resize(torch.eye(self.logits.shape[1])[None], axis=0)[0]
+
+    def strips(self, extra_channels: int = 0, above: float | None = None) -> Iterator[tuple[slice, Tensor]]:
         """
         Yield `(rows, logits)`: a slice of the target's rows and the fresh (queries, rows, target width)
         logits there.
@@ -184,12 +194,16 @@ class _QueryMasks:
         Args:
             extra_channels: values per pixel that the caller makes beside the logits; they make strips
                 thinner.
+            above: leave out the rows at the top and at the bottom where no logit can be above this.
         """
-        queries, height, _ = self.logits.shape
-        row_weights = self._resize(torch.eye(height)[None], axis=0)[0]  # (target height, height)
+        queries, row_weights = len(self.logits), self.row_weights
+        first, end = 0, self.target_size[0]
+        if above is not None:
+            wanted = row_weights[:, (self.logits > above).any(2).any(0).cpu()].any(1).nonzero()
+            first, end = (wanted[0].item(), wanted[-1].item() + 1) if len(wanted) else (0, 0)
         strip_height = max(1, STRIP_VALUES // ((queries + extra_channels) * self.target_size[1]))
-        for top in range(0, self.target_size[0], strip_height):
-            rows = slice(top, min(top + strip_height, self.target_size[0]))
+        for top in range(first, end, strip_height):
+            rows = slice(top, min(top + strip_height, end))
             sources = row_weights[rows].any(0).nonzero()
             band = slice(sources[0].item(), sources[-1].item() + 1)  # the logits' rows that these rows are made of
             weights = row_weights[rows, band].to(self.logits.device)
@@ -268,15 +282,16 @@ def _panoptic_map(
         return {"segmentation": owner, "segments_info": []}
 
     scores, labels = scores[kept], labels[kept]
-    mask_area, won_area = torch.zeros((2, len(kept)), dtype=torch.int64, device=owner.device)
+    mask_area, won_area, segment_area = torch.zeros((3, len(kept)), dtype=torch.int64, device=owner.device)
     for rows, logits in masks.select(kept).strips(extra_channels=len(kept)):
         probabilities = logits.sigmoid_()
         inside = probabilities >= mask_threshold
         winner = probabilities.mul_(scores[:, None, None]).max(0).indices  # (rows, width); argmax is slower
         mask_area += inside.flatten(1).sum(1, dtype=torch.int32)  # much faster than int64
         won_area += winner.flatten().bincount(minlength=len(kept))
-        owner[rows] = (winner + 1) * inside.gather(0, winner[None])[0]
-    segment_area = owner.flatten().bincount(minlength=len(kept) + 1)[1:]
+        strip_owner = (winner + 1) * inside.gather(0, winner[None])[0]
+        segment_area += strip_owner.flatten().bincount(minlength=len(kept) + 1)[1:]
+        owner[rows] = strip_owner
 
     segment_ids = [0]  # of owner 0 (nobody), 1, 2, ...
     fused_ids: dict[int, int] = {}  # label id -> segment id
@@ -295,45 +310,80 @@ def _panoptic_map(
             if was_fused:
                 fused_ids[label_id] = segment_id
             segments_info.append({"id": segment_id, "label_id": label_id, "was_fused": was_fused, "score": score})
-    segmentation = torch.tensor(segment_ids, dtype=torch.int32, device=owner.device)[owner.long()]
-    return {"segmentation": segmentation, "segments_info": segments_info}
+    ids = torch.tensor(segment_ids, dtype=torch.int32, device=owner.device)
+    for strip in owner.split(max(1, STRIP_VALUES // owner.shape[1])):  # in place: an index of the whole map is large
+        strip.copy_(ids[strip.long()])
+    return {"segmentation": owner, "segments_info": segments_info}
 
 
 def _instances(
     class_logits: Tensor,
     masks: _QueryMasks,
     thing_label_ids: list[int],
-    top_k: int,
+    top_k: int | None,
     score_threshold: float,
     mask_threshold: float,
 ) -> dict:
     probabilities = class_logits.softmax(-1)[:, :-1]  # (queries, labels)
+    top_k = max(COCO_DETECTIONS, len(probabilities)) if top_k is None else top_k
     scores, pairs = probabilities.flatten().topk(min(top_k, probabilities.numel()))
     queries, labels = pairs // probabilities.shape[1], pairs % probabilities.shape[1]
     # the final score is never above the class score: pairs below the threshold now are below it in the end
     kept = torch.isin(labels, labels.new_tensor(thing_label_ids)) & (scores >= score_threshold)
-    scores, labels = scores[kept], labels[kept]
-    queries, query_of_instance = queries[kept].unique(return_inverse=True)
-    instance_masks = torch.empty((len(scores), *masks.target_size), dtype=torch.bool, device=class_logits.device)
-    if len(scores) == 0:
-        return {"scores": scores, "labels": labels, "masks": instance_masks}
-
+    scores, labels, queries = scores[kept], labels[kept], queries[kept]
     logit_threshold = torch.tensor(mask_threshold).logit().item()
-    area, probability_sum = torch.zeros((2, len(queries)), device=class_logits.device)
-    strips = []
-    for rows, logits in masks.select(queries).strips(extra_channels=len(queries)):
+    scores = scores * _mask_scores(masks, queries, logit_threshold)
+    best_first = scores.argsort(descending=True, stable=True)
+    best_first = best_first[scores[best_first] >= score_threshold]
+    found = InstanceMasks(masks, queries[best_first].tolist(), logit_threshold)
+    return {"scores": scores[best_first], "labels": labels[best_first], "masks": found}
+
+
+def _mask_scores(masks: _QueryMasks, queries: Tensor, logit_threshold: float) -> Tensor:
+    """(instances,) mean probability inside the mask of each query in `queries`; 0 for an empty mask."""
+    queries, query_of_instance = queries.unique(return_inverse=True)
+    area, probability_sum = torch.zeros((2, len(queries)), device=queries.device)
+    if len(queries) == 0:
+        return area
+    for _, logits in masks.select(queries).strips(extra_channels=len(queries)):
         inside = logits > logit_threshold
         area += inside.flatten(1).sum(1, dtype=torch.int32)  # much faster than int64
         probability_sum += (logits.sigmoid_() * inside).flatten(1).sum(1)
-        instance_masks[:, rows] = inside[query_of_instance]
-        strips.append(rows)
+    return (probability_sum / (area + 1e-6))[query_of_instance]
 
-    mask_scores = probability_sum / (area + 1e-6)
-    scores = scores * mask_scores[query_of_instance]
-    best_first = scores.argsort(descending=True, stable=True)
-    best_first = best_first[scores[best_first] >= score_threshold]
-    for rows in strips:  # in place: the masks of a large target leave no room for a second copy
-        instance_masks[: len(best_first), rows] = instance_masks[best_first, rows]
-    if len(best_first) < len(scores):
-        instance_masks = instance_masks[: len(best_first)].clone()
-    return {"scores": scores[best_first], "labels": labels[best_first], "masks": instance_masks}
+
+class InstanceMasks(Sequence):
+    """
+    The masks of an image's instances, best first: bool tensors (height, width).
+
+    Each is made when it is asked for. So whoever takes one after the other, to encode it or to draw it, needs the
+    memory of one, whatever their number.
+    """
+
+    def __init__(self, masks: _QueryMasks, queries: list[int], logit_threshold: float):
+        self._masks, self._queries, self._logit_threshold = masks, queries, logit_threshold
+
+    def __len__(self) -> int:
+        return len(self._queries)
+
+    def __getitem__(self, index: int) -> Tensor:
+        mask = torch.zeros(self._masks.target_size, dtype=torch.bool, device=self._masks.logits.device)
+        query = self._masks.select([self._queries[index]])
+        with torch.no_grad(), torch.autocast(mask.device.type, enabled=False):
+            for rows, logits in query.strips(above=self._logit_threshold):
+                torch.gt(logits[0], self._logit_threshold, out=mask[rows])
+        return mask
+
+    def stacked(self) -> Tensor:
+        """All of them: bool (instances, height, width)."""
+        stack = torch.empty((len(self), *self._masks.target_size), dtype=torch.bool, device=self._masks.logits.device)
+        for mask, target in zip(self, stack, strict=True):
+            target.copy_(mask)
+        return stack
+
+    def id_map(self) -> Tensor:
+        """int32 (height, width) map of their indices, -1 where there is none; better ones are on top."""
+        ids = torch.full(self._masks.target_size, -1, dtype=torch.int32, device=self._masks.logits.device)
+        for index in reversed(range(len(self))):
+            ids[self[index]] = index
+        return ids

@@ -132,8 +132,9 @@ def test_instances_equal_the_original(name):
         masks = np.unpackbits(arrays[f"instance_masks_{index}"], axis=-1, count=size[1])
         np.testing.assert_allclose(result["scores"].numpy(), scores[order], rtol=1e-4)
         assert result["labels"].tolist() == arrays[f"instance_classes_{index}"][order].tolist()
-        assert result["masks"].shape == masks.shape
-        assert masks.size == 0 or (result["masks"].numpy() == masks[order]).mean() >= 0.999
+        found = result["masks"].stacked()
+        assert found.shape == masks.shape
+        assert masks.size == 0 or (found.numpy() == masks[order]).mean() >= 0.999
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -191,7 +192,7 @@ def test_instances_equal_a_plain_implementation(geometry, top_k):
         assert result["labels"].tolist()[: len(found)] == [item[1] for item in found]
         if found:
             wanted = torch.stack([item[2] for item in found])
-            assert (result["masks"][: len(found)] == wanted).float().mean() >= 0.999
+            assert (result["masks"].stacked()[: len(found)] == wanted).float().mean() >= 0.999
 
 
 @pytest.mark.parametrize("task", ["panoptic", "semantic", "instance"])
@@ -205,7 +206,7 @@ def test_strips_change_nothing(task, monkeypatch):
             return [result["segmentation"] for result in results]
         if task == "semantic":
             return semantic_segmentation(*logits, **sizes)
-        return [result["masks"] for result in instance_segmentation(*logits, **sizes, thing_label_ids=[1, 2])]
+        return [result["masks"].stacked() for result in instance_segmentation(*logits, **sizes, thing_label_ids=[1, 2])]
 
     whole = compute()
     monkeypatch.setattr(postprocessing, "STRIP_VALUES", 1)  # one row at a time
@@ -316,8 +317,9 @@ def test_score_threshold_keeps_the_same_instances():
     for all_of_image, some_of_image in zip(everything, some, strict=True):
         above = all_of_image["scores"] >= 0.4
         assert 0 < above.sum() < len(above)
-        for name, values in some_of_image.items():
-            assert torch.equal(values, all_of_image[name][above])
+        for name in ("scores", "labels"):
+            assert torch.equal(some_of_image[name], all_of_image[name][above])
+        assert torch.equal(some_of_image["masks"].stacked(), all_of_image["masks"].stacked()[above])
 
 
 def test_empty_results_keep_types_and_shapes():
@@ -329,8 +331,8 @@ def test_empty_results_keep_types_and_shapes():
         assert (result["segmentation"] == 0).all()
         assert result["segments_info"] == []
     for result in instance_segmentation(*logits, **sizes, thing_label_ids=[]):
-        assert result["masks"].dtype == torch.bool
-        assert result["masks"].shape == (0, 61, 22)
+        assert result["masks"].stacked().dtype == torch.bool
+        assert result["masks"].stacked().shape == (0, 61, 22)
         assert result["scores"].dtype == torch.float32
         assert result["labels"].dtype == torch.int64
         assert len(result["scores"]) == len(result["labels"]) == 0

@@ -131,6 +131,7 @@ class ProScaleMask2FormerConfig(ProScaleConfigMixin, EncoderConfig):
         "transformer_decoder_hidden_states",
         "attentions",
         "cross_attentions",
+        "stuff_labels",
     ]
 
     pixel_embedding: str = "maxpool"

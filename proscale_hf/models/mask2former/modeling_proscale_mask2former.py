@@ -49,7 +49,7 @@ class ProScaleMask2FormerModelOutput(ModelOutput):
             are the masks of each prediction, first to last; with `output_predictions`.
         attentions: self-attention weights per layer, (batch, heads, queries, queries); with `output_attentions`.
         cross_attentions: cross-attention weights per layer, (batch, heads, queries, tokens); with `output_attentions`.
-        image_sizes: (batch, 2) int64, height and width of each image without padding; with `pixel_mask`.
+        image_sizes: (batch, 2) int64, height and width of each image without padding; None if it was not given.
         padded_sizes: (batch, 2) int64, height and width of the padded batch, once for each image.
     """
 
@@ -76,7 +76,7 @@ class ProScaleMask2FormerForUniversalSegmentationOutput(ModelOutput):
         loss: scalar, with labels.
         class_queries_logits: (batch, queries, num_labels + 1), the last entry is "no object".
         masks_queries_logits: (batch, queries, height / 4, width / 4).
-        image_sizes: (batch, 2) int64, height and width of each image without padding; with `pixel_mask`.
+        image_sizes: (batch, 2) int64, height and width of each image without padding; None if it was not given.
         padded_sizes: (batch, 2) int64, height and width of the padded batch, once for each image.
         loss_dict: the loss's unweighted terms; with labels.
         auxiliary_logits: the earlier predictions, first to last, as dicts with `class_queries_logits` and
@@ -89,6 +89,8 @@ class ProScaleMask2FormerForUniversalSegmentationOutput(ModelOutput):
         transformer_decoder_hidden_states: see there.
         attentions: see there.
         cross_attentions: see there.
+        stuff_labels: (batch, num_labels) bool, which labels are stuff and no things; None if `categories` of the
+            configuration does not say.
     """
 
     loss: torch.Tensor | None = None
@@ -106,6 +108,7 @@ class ProScaleMask2FormerForUniversalSegmentationOutput(ModelOutput):
     transformer_decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
+    stuff_labels: torch.Tensor | None = None
 
 
 class ProScaleMask2FormerPreTrainedModel(ProScalePreTrainedModel):
@@ -184,6 +187,7 @@ class ProScaleMask2FormerModel(ProScaleMask2FormerPreTrainedModel):
         output_attentions: bool | None = None,
         output_predictions: bool = False,
         return_dict: bool | None = None,
+        image_sizes: torch.Tensor | None = None,
     ) -> ProScaleMask2FormerModelOutput | tuple:
         """
         Args:
@@ -194,6 +198,7 @@ class ProScaleMask2FormerModel(ProScaleMask2FormerPreTrainedModel):
             output_attentions: return the mask decoder's attention weights; default from the configuration.
             output_predictions: return what the heads need for the earlier predictions too.
             return_dict: a [`ProScaleMask2FormerModelOutput`] rather than a tuple; default from the configuration.
+            image_sizes: instead of `pixel_mask`: (batch, 2), height and width of each image without padding.
 
         Returns:
             [`ProScaleMask2FormerModelOutput`], or its fields that are not None as a tuple.
@@ -205,7 +210,7 @@ class ProScaleMask2FormerModel(ProScaleMask2FormerPreTrainedModel):
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         return_dict = config.return_dict if return_dict is None else return_dict
-        batch = prepare_images(pixel_values, pixel_mask, config.feature_strides[-1], config.mask_padding)
+        batch = prepare_images(pixel_values, pixel_mask, image_sizes, config.feature_strides[-1], config.mask_padding)
         sizes_alone, valid_sizes = None, None
         if batch.sizes_alone is not None:
             valid_sizes = [-(-batch.sizes_alone // stride) for stride in config.encoder_strides]
@@ -268,6 +273,7 @@ class ProScaleMask2FormerForUniversalSegmentation(ProScaleMask2FormerPreTrainedM
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         packed_masks: list[torch.Tensor] | None = None,
+        image_sizes: torch.Tensor | None = None,
     ) -> ProScaleMask2FormerForUniversalSegmentationOutput | tuple:
         """
         Args:
@@ -282,6 +288,7 @@ class ProScaleMask2FormerForUniversalSegmentation(ProScaleMask2FormerPreTrainedM
             return_dict: a dataclass rather than a tuple; default from the configuration.
             packed_masks: instead of `mask_labels`, and with the same loss: per image (planes, height, width) uint8,
                 one bit per object and pixel, see `packed_masks.py`.
+            image_sizes: instead of `pixel_mask`: (batch, 2), height and width of each image without padding.
 
         Returns:
             [`ProScaleMask2FormerForUniversalSegmentationOutput`], or its fields that are not None as a tuple.
@@ -302,6 +309,7 @@ class ProScaleMask2FormerForUniversalSegmentation(ProScaleMask2FormerPreTrainedM
             output_attentions=output_attentions,
             output_predictions=packed_masks is not None or output_auxiliary_logits,
             return_dict=True,
+            image_sizes=image_sizes,
         )
         query_states = outputs.query_states or [outputs.transformer_decoder_last_hidden_state]
         class_logits = self.class_predictor(torch.stack(tuple(query_states)))  # (predictions, batch, queries, labels)
@@ -325,8 +333,17 @@ class ProScaleMask2FormerForUniversalSegmentation(ProScaleMask2FormerPreTrainedM
             transformer_decoder_hidden_states=outputs.transformer_decoder_hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
+            stuff_labels=self.stuff_labels(len(pixel_values)),
         )
         return output if return_dict else output.to_tuple()
+
+    def stuff_labels(self, batch: int) -> torch.Tensor | None:
+        """(batch, num_labels) bool, which labels are stuff; None if the configuration does not say."""
+        stuff = self.config.stuff_label_ids()
+        if stuff is None:
+            return None
+        flags = [label in stuff for label in range(self.config.num_labels)]
+        return torch.tensor(flags, device=self.device).expand(batch, -1)
 
     def losses(
         self,

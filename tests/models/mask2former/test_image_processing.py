@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -512,36 +513,76 @@ def test_labels_to_fuse_can_be_given(backend):
     assert not any(info["was_fused"] for info in infos)
 
 
-def test_true_sizes_follow_from_the_targets(backend):
-    # 60 x 90 and 90 x 60 images become 64 x 96 and 96 x 64 in a batch of 96 x 96
-    outputs = outputs_of(size=(24, 24))
-    targets = [(60, 90), (90, 60)]
-    processor = backend(size={"shortest_edge": 64, "longest_edge": 200})
-    expected = semantic_segmentation(
-        *logits_of(outputs), padded_size=(96, 96), image_sizes=[(64, 96), (96, 64)], target_sizes=targets
+def post_processing(processor) -> tuple[Callable, ...]:
+    return (
+        processor.post_process_panoptic_segmentation,
+        processor.post_process_semantic_segmentation,
+        processor.post_process_instance_segmentation,
     )
-    for given in (targets, torch.tensor(targets), np.array(targets)):
-        results = processor.post_process_semantic_segmentation(outputs, target_sizes=given)
-        assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
-    without_resize = backend(do_resize=False).post_process_semantic_segmentation(outputs, target_sizes=targets)
-    expected = semantic_segmentation(
-        *logits_of(outputs), padded_size=(96, 96), image_sizes=targets, target_sizes=targets
-    )
-    assert all(torch.equal(*pair) for pair in zip(without_resize, expected, strict=True))
+
+
+@pytest.mark.parametrize("settings", [{}, {"do_resize": False}, {"pad_size": {"height": 64, "width": 96}}])
+def test_the_size_of_an_image_is_not_guessed_from_settings(backend, settings):
+    """They may have been others when the batch was made."""
+    for method in post_processing(backend(**settings)):
+        with pytest.raises(ValueError, match=r"`pixel_mask`.*`image_sizes=inputs\['image_sizes'\]`") as caught:
+            method(outputs_of(), target_sizes=[(60, 90), (90, 60)])
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("target", [(60, 90), (512, 512), (25, 100)])
+@pytest.mark.parametrize("is_stride_known", [True, False])
+def test_a_single_image_of_which_nothing_is_known_fills_its_batch(backend, target, is_stride_known):
+    outputs = dict(outputs_of(batch=1))
+    if not is_stride_known:
+        del outputs["padded_sizes"]
+    outputs["masks_queries_logits"] = torch.full((1, 6, 16, 24), -20.0)
+    outputs["masks_queries_logits"][0, 0, :, 16:] = 20.0  # its right third
+    outputs["class_queries_logits"] = torch.eye(5)[[0] + [4] * 5][None] * 20
+    with pytest.warns(UserWarning, match="do not say which part of the batch is the image"):
+        [result] = backend().post_process_panoptic_segmentation(outputs, target_sizes=[target])
+    assert (result["segmentation"] > 0).float().mean() == pytest.approx(1 / 3, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "call", [{}, {"size": {"shortest_edge": 40, "longest_edge": 96}}, {"do_resize": False}, {"pad_size": (128, 160)}]
+)
+def test_sizes_travel_with_the_batch(backend, call):
+    """Whatever the call says: those who run a graph elsewhere hand them on, and the model takes them for the mask."""
+    if "pad_size" in call:
+        call = {"pad_size": dict(zip(("height", "width"), call["pad_size"], strict=True))}
+    processor = backend(size={"shortest_edge": 64, "longest_edge": 96})
+    images = [np.full((*size, 3), 200, dtype=np.uint8) for size in ((60, 90), (90, 60))]
+    inputs = processor(images, return_tensors="pt", **call)
+    sizes = inputs["image_sizes"]
+    assert sizes.dtype == torch.int64 and sizes.device == inputs["pixel_values"].device
+    for mask, (height, width) in zip(inputs["pixel_mask"], sizes.tolist(), strict=True):
+        assert mask.sum() == mask[:height, :width].sum() == height * width
+    padded = tuple(inputs["pixel_values"].shape[-2:])
+    masks = torch.full((2, 6, padded[0] // 4, padded[1] // 4), -20.0)
+    for mask, (_, width) in zip(masks, sizes.tolist(), strict=True):
+        mask[0, :, round(width / 8) :] = 20.0  # the right half
+    outputs = {
+        "class_queries_logits": torch.eye(5)[[0] + [4] * 5].expand(2, -1, -1) * 20,
+        "masks_queries_logits": masks,
+    }
+    options = {"target_sizes": [(60, 90), (33, 22)], "padded_size": padded, "image_sizes": sizes}
+    for result in processor.post_process_panoptic_segmentation(outputs, **options):
+        assert (result["segmentation"] > 0).float().mean() == pytest.approx(0.5, abs=0.05)
 
 
 @pytest.mark.parametrize("stride", [1, 4, 8])
 @pytest.mark.parametrize("image_sizes", [None, [(50, 96), (64, 30)]])
-def test_the_padded_size_comes_from_the_outputs_or_is_given(stride, image_sizes):
-    """Whatever the stride of the masks, and in whatever form it is said."""
-    processor = ProScaleMask2FormerImageProcessorPil(do_resize=False)
+def test_the_sizes_come_from_the_outputs_or_are_given(stride, image_sizes):
+    """Whatever the stride of the masks, and in whatever form they are said."""
+    processor = ProScaleMask2FormerImageProcessorPil()
     outputs = outputs_of(size=(64 // stride, 96 // stride), stride=stride)
     targets = [(50, 96), (64, 30)]
     [*expected] = semantic_segmentation(
         *logits_of(outputs), padded_size=(64, 96), image_sizes=targets, target_sizes=targets
     )
     logits = dict(zip(("class_queries_logits", "masks_queries_logits"), logits_of(outputs), strict=True))
-    known = {} if image_sizes is None else {"image_sizes": image_sizes}
+    known, said = ({}, {"image_sizes": targets}) if image_sizes is None else ({"image_sizes": image_sizes}, {})
     arrays = {name: np.asarray(values) for name, values in {**logits, **known}.items()}
     padded_sizes = [(64, 96)] * 2
     for given, options in (
@@ -552,26 +593,20 @@ def test_the_padded_size_comes_from_the_outputs_or_is_given(stride, image_sizes)
         (SimpleNamespace(**arrays), {"padded_size": torch.Size((64, 96))}),
         ({**logits, **known, "padded_sizes": [(640, 960)] * 2}, {"padded_size": [64, 96]}),
     ):
-        results = processor.post_process_semantic_segmentation(given, target_sizes=targets, **options)
+        results = processor.post_process_semantic_segmentation(given, target_sizes=targets, **options, **said)
         assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
 
 
 def test_an_unknown_padded_size_is_not_guessed(backend):
     outputs = dict(outputs_of())
-    processor = backend(do_resize=False)
-    methods = (
-        processor.post_process_panoptic_segmentation,
-        processor.post_process_semantic_segmentation,
-        processor.post_process_instance_segmentation,
-    )
     del outputs["padded_sizes"]
-    for method in methods:
-        for targets in (None, [(60, 90)] * 2, [(64, 96), (32, 48)], [(64, 97)] * 2, [(65, 96)] * 2):
-            with pytest.raises(ValueError, match=r"pass `padded_size=\(height, width\)`") as caught:
-                method(outputs, target_sizes=targets)
+    for method in post_processing(backend()):
+        for image_sizes in (None, [(60, 90)] * 2, [(64, 96), (32, 48)], [(64, 97)] * 2, [(65, 96)] * 2):
+            with pytest.raises(ValueError, match="pass `padded_size`") as caught:
+                method(outputs, target_sizes=image_sizes and [(10, 20)] * 2, image_sizes=image_sizes)
             assert "\n" not in str(caught.value)
     outputs["padded_sizes"] = torch.tensor([[64, 96], [64, 128]])
-    for method in methods:
+    for method in post_processing(backend()):
         with pytest.raises(ValueError, match=r"\[\(64, 96\), \(64, 128\)\].*one batch at a time"):
             method(outputs)
 
@@ -605,14 +640,39 @@ def test_targets_of_the_padded_size_are_not_cropped(backend):
     assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
 
 
-def test_targets_that_cannot_be_the_image_sizes_use_the_whole_batch(backend):
-    outputs = outputs_of()
-    targets = [(300, 200), (200, 300)]  # do not fit into 64 x 96
-    results = backend(do_resize=False).post_process_semantic_segmentation(outputs, target_sizes=targets)
-    expected = semantic_segmentation(
-        *logits_of(outputs), padded_size=(64, 96), image_sizes=[(64, 96)] * 2, target_sizes=targets
-    )
-    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+@pytest.mark.parametrize("default", [None, 3])
+def test_as_many_instances_as_the_model_has_queries(backend, default):
+    outputs = dict(outputs_of(queries=150, batch=1))
+    outputs["class_queries_logits"] = torch.eye(5)[[0] * 150][None] * 20
+    outputs["masks_queries_logits"] = torch.full((1, 150, 16, 24), 20.0)
+    processor = backend(top_k=default)
+    assert processor.to_dict().get("top_k") == default
+    for top_k in (None, 5, 200):
+        [result] = processor.post_process_instance_segmentation(outputs, return_binary_maps=True, top_k=top_k)
+        assert len(result["segments_info"]) == min(150, top_k or default or 150)
+
+
+def test_stuff_is_what_the_model_says(backend, recwarn):
+    """The image processor's list may be that of another model."""
+    outputs = dict(outputs_of(queries=4, batch=1))
+    outputs["class_queries_logits"] = torch.eye(5)[[0, 1, 2, 3]][None] * 20
+    outputs["masks_queries_logits"] = torch.full((1, 4, 16, 24), 20.0)
+    processor = backend(label_ids_to_fuse=[1, 3])
+
+    def found(outputs, **options):
+        [result] = processor.post_process_instance_segmentation(outputs, **options)
+        return {info["label_id"] for info in result["segments_info"]}
+
+    flags = {"stuff_labels": torch.tensor([[False, True, False, True]])}
+    assert found(outputs) == found({**outputs, **flags}) == {0, 2}
+    assert not recwarn.list
+    for flags, things in (([False] * 4, {0, 1, 2, 3}), ([True, False, False, False], {1, 2, 3})):
+        with pytest.warns(UserWarning, match="stuff labels are those of the model.*`categories`"):
+            assert found({**outputs, "stuff_labels": np.array([flags])}) == things
+        assert found({**outputs, "stuff_labels": np.array([flags])}, label_ids_to_fuse=[2]) == {0, 1, 3}
+    del outputs["padded_sizes"]
+    with pytest.warns(UserWarning, match=r"do not say which labels are stuff.*\[1, 3\]"):
+        assert found(outputs, padded_size=(64, 96)) == {0, 2}
 
 
 def test_without_targets_results_have_the_size_of_the_input(backend):
@@ -624,7 +684,7 @@ def test_without_targets_results_have_the_size_of_the_input(backend):
 
 
 def test_semantic_scores(backend):
-    outputs = outputs_of()
+    outputs = outputs_of(image_sizes=[(64, 96), (50, 90)])
     plain_maps = backend().post_process_semantic_segmentation(outputs, target_sizes=[(20, 30)] * 2)
     results = backend().post_process_semantic_segmentation(
         outputs, target_sizes=[(20, 30)] * 2, return_segmentation_scores=True
@@ -648,8 +708,9 @@ def test_any_kind_of_outputs(backend, kind):
 
 
 def test_instances(backend):
-    outputs, targets = outputs_of(), [(60, 90), (20, 30)]
-    processor = backend(label_ids_to_fuse=[0], do_resize=False)
+    targets = [(60, 90), (20, 30)]
+    outputs = outputs_of(image_sizes=targets)
+    processor = backend(label_ids_to_fuse=[0])
     options = {"threshold": 0.3, "target_sizes": targets}
     expected = instance_segmentation(
         *logits_of(outputs),
@@ -664,6 +725,7 @@ def test_instances(backend):
     for id_map, masks, wanted in zip(maps, binary, expected, strict=True):
         assert len(wanted["scores"]) > 1
         assert id_map["segments_info"] == masks["segments_info"]
+        wanted["masks"] = wanted["masks"].stacked()
         assert torch.equal(masks["segmentation"], wanted["masks"])
         for index, info in enumerate(id_map["segments_info"]):
             assert info == {
@@ -681,7 +743,7 @@ def test_instances(backend):
 
 def test_coco_run_lengths(backend):
     coco_mask = pytest.importorskip("pycocotools.mask")
-    outputs = outputs_of()
+    outputs = outputs_of(image_sizes=[(64, 96), (50, 90)])
     options = {"threshold": 0.3, "target_sizes": [(60, 90), (20, 30)]}
     encoded = backend().post_process_instance_segmentation(outputs, return_coco_annotation=True, **options)
     binary = backend().post_process_instance_segmentation(outputs, return_binary_maps=True, **options)
@@ -700,7 +762,7 @@ def test_missing_pycocotools_is_a_clear_error(backend, monkeypatch):
 
 
 def test_empty_results_keep_types_and_shapes(backend):
-    outputs = outputs_of()
+    outputs = outputs_of(image_sizes=[(64, 96), (50, 90)])
     outputs["class_queries_logits"][..., :-1] = -50
     options = {"target_sizes": [(60, 90), (20, 30)]}
     for result, size in zip(
