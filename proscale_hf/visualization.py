@@ -200,7 +200,8 @@ def draw_segments(
     """
     scale = _drawing_scale(*image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    pixels = np.array(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+    rgb = image if image.mode == "RGB" else image.convert("RGB")  # which copies, also where there is nothing to do
+    pixels = np.array(rgb.resize(size, Image.Resampling.BICUBIC))
     font_size = max(SMALLEST_FONT, round(math.sqrt(size[0] * size[1]) / 45))
     colors = segment_colors(segments, class_colors)
     segments = [_resized(segment, scale, size) for segment in segments]

@@ -134,6 +134,17 @@ def test_categories_of_other_labels_are_passed_over(tmp_path, caplog):
     assert config.category(1) == CATEGORIES[1]
 
 
+def test_what_is_stuff_follows_the_labels():
+    """Own labels are things, whatever the categories of the checkpoint said of the labels in their place."""
+    settings = {"categories": CATEGORIES, "num_labels": 3}
+    assert tiny_config(**settings, id2label=NAMES).stuff_label_ids([0]) == [1]
+    assert tiny_config(**settings, id2label={0: "cell", 1: "nucleus", 2: "dog"}).stuff_label_ids([0]) == []
+    assert tiny_config(id2label=NAMES).stuff_label_ids() is None
+    assert tiny_config(id2label=NAMES).stuff_label_ids([0]) == [0]
+    nobody_says = [{"id": 1, "name": "cat"}, {"id": 2, "name": "rug"}]
+    assert tiny_config(categories=nobody_says, id2label={0: "cat", 1: "rug"}).stuff_label_ids() is None
+
+
 def test_a_default_configuration_logs_nothing(capfd):
     ProScaleMask2FormerConfig()
     assert capfd.readouterr() == ("", "")

@@ -445,9 +445,25 @@ def test_an_empty_pixel_mask_is_one_pixel():
     assert output.masks_queries_logits.isfinite().all()
 
 
-def test_image_sizes_come_from_the_pixel_mask():
+def test_image_sizes_come_from_the_pixel_mask_or_stand_in_for_it():
     pixel_values, pixel_mask, sizes = mixed_batch()
-    assert tiny_model()(pixel_values, pixel_mask=pixel_mask).image_sizes.tolist() == [list(size) for size in sizes]
+    model, sizes = tiny_model(), torch.tensor(sizes)
+    with torch.no_grad():
+        masked, sized = model(pixel_values, pixel_mask=pixel_mask), model(pixel_values, image_sizes=sizes.int())
+    for output in (masked, sized):
+        assert output.image_sizes.dtype == torch.int64 and torch.equal(output.image_sizes, sizes)
+    assert torch.equal(masked.class_queries_logits, sized.class_queries_logits)
+    assert torch.equal(masked.masks_queries_logits, sized.masks_queries_logits)
+
+
+def test_the_output_says_which_labels_are_stuff():
+    assert tiny_model()(pixels()).stuff_labels is None
+    names = ["cat", "grass", "sky", "dog"]
+    categories = [{"id": i, "name": name, "isthing": int(i in (0, 3))} for i, name in enumerate(names)]
+    model = tiny_model(categories=categories, id2label=dict(enumerate(names)))
+    assert model(pixels()).stuff_labels.tolist() == [[False, True, True, False]] * 2
+    model.config.id2label = {0: "grass", 1: "grass", 2: "tree", 3: "dog"}
+    assert model(pixels()).stuff_labels.tolist() == [[False, True, False, False]] * 2
 
 
 # -- types, attention implementations, compilation
@@ -714,6 +730,9 @@ MAP_LABELS = {"mask_labels": [torch.zeros(64, 96)] * 2, "class_labels": [torch.z
         ({"pixel_values": torch.zeros(0, 3, 64, 64)}, "not empty"),
         ({"pixel_values": torch.zeros(3, 64, 64)}, "batch, channels, height, width"),
         ({"pixel_values": pixels(), "pixel_mask": torch.ones(2, 64, 64)}, "pixel_mask"),
+        ({"pixel_values": pixels(), "image_sizes": torch.tensor([64, 96])}, r"image_sizes. must be \(batch, 2\)"),
+        ({"pixel_values": pixels(), "image_sizes": torch.tensor([[64, 96], [65, 1]])}, r"1 x 1 and .* 64 x 96, .*65"),
+        ({"pixel_values": pixels(), "image_sizes": torch.tensor([[64, 96], [0, 1]])}, "between 1 x 1"),
         ({"pixel_values": pixels(), "mask_labels": labels()["mask_labels"]}, "belong together"),
         ({"pixel_values": pixels(), "packed_masks": PACKED}, "`packed_masks` and `class_labels` belong together"),
         ({"pixel_values": pixels(), "packed_masks": PACKED, **labels()}, "not both"),
@@ -729,12 +748,25 @@ MAP_LABELS = {"mask_labels": [torch.zeros(64, 96)] * 2, "class_labels": [torch.z
         ({"pixel_values": pixels(), **MAP_LABELS}, "Image 0.*shape"),
         ({"pixel_values": pixels(), **labels(num_labels=9, seed=3)}, "classes 0 to 3"),
         ({"pixel_values": pixels(), **labels(height=32, width=48)}, "32 x 48.*64 x 96"),
+        (
+            {"pixel_values": pixels(), **labels(), "mask_labels": [2 * masks for masks in labels()["mask_labels"]]},
+            r"Image 0: `mask_labels`.*0 and 1, and 255 where void, but there is \[2\]",
+        ),
     ],
 )
 def test_wrong_input_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         tiny_model()(**arguments)
     assert "\n" not in str(error.value)
+
+
+def test_masks_that_are_all_void_get_a_word():
+    """White was meant, as pictures of masks have it."""
+    given = labels()
+    given["mask_labels"][1] *= 255
+    with pytest.warns(UserWarning, match=r"Image 1: no pixel of `mask_labels` is 1.*255 is void") as said:
+        tiny_model()(pixels(), **given)
+    assert len(said) == 1
 
 
 def test_backbone_with_too_few_maps_is_refused():
