@@ -1,0 +1,95 @@
+"""Files that somebody else made: only regular files are opened, and what goes wrong in them is one line.
+
+Libraries raise errors of any type over a damaged or hostile file. So whoever hands a library such a file does it inside
+`reading`, which turns all of them into one error that names the file.
+"""
+
+import contextlib
+import os
+import stat
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+from proscale_hf.files.memory import is_out_of_memory
+from proscale_hf.files.text import one_line
+
+
+LONGEST_REASON = 200  # characters of a library's message
+# Without the first, opening a pipe waits until somebody writes into it. Windows has the second alone.
+AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
+class FileError(ValueError):
+    """A file cannot be read; the text is one line that names the file and says what to do."""
+
+
+def open_file(path: str | os.PathLike) -> BinaryIO:
+    """Opens a file for reading bytes.
+
+    Raises:
+        FileError: there is no such file, it may not be read, or it is a folder, a device or a pipe, which could have no
+            end.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | AT_ONCE)
+    except FileNotFoundError:
+        raise FileError(f"there is no file {path}; check the path") from None
+    except PermissionError:
+        if os.path.isdir(path):  # what Windows says of a folder
+            raise FileError(f"{path} is a folder; give a file") from None
+        raise FileError(f"{path} may not be read; check its permissions") from None
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path} cannot be opened: {getattr(error, 'strerror', None) or one_line(error)}") from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        what = "folder; give a file" if stat.S_ISDIR(mode) else "device or a pipe; give a regular file"
+        raise FileError(f"{path} is a {what}")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: str | os.PathLike, most: int) -> bytes:
+    """All bytes of a file.
+
+    Args:
+        path: a regular file.
+        most: how many bytes such a file can have; a larger one is refused.
+
+    Raises:
+        FileError: as for `open_file`, or the file is larger.
+    """
+    with open_file(path) as file, reading(path):
+        content = file.read(min(most, os.fstat(file.fileno()).st_size) + 1)
+    if len(content) > most:
+        raise FileError(f"{path} is larger than the {most:,} bytes that such a file may have")
+    return content
+
+
+@contextlib.contextmanager
+def reading(
+    path: str | os.PathLike,
+    problem: str = "cannot be read",
+    error_type: type[ValueError] = FileError,
+    reason: Callable[[Exception], str] = one_line,
+) -> Iterator[None]:
+    """Turns whatever is raised over a file's content into one error of one line, which names the file.
+
+    Args:
+        path: of the file.
+        problem: what is said of it, such as "is no valid JSON".
+        error_type: of the error. Errors of this type pass as they are, and a `FileError` keeps its text.
+        reason: the text behind the problem, from the library's error.
+
+    Raises:
+        ValueError: of `error_type`.
+    """
+    try:
+        yield
+    except error_type:
+        raise
+    except FileError as error:
+        raise error_type(str(error)) from error
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise error_type(f"there is not enough memory to read {path}") from error
+        raise error_type(f"{path} {problem}: {reason(error)[:LONGEST_REASON]}") from error
