@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from proscale_hf.files.memory import is_out_of_memory
-from proscale_hf.files.text import one_line
+from proscale_hf.files.text import one_line, printable
 
 
 LONGEST_REASON = 200  # characters of a library's message
@@ -92,4 +92,4 @@ def reading(
     except Exception as error:
         if is_out_of_memory(error):
             raise error_type(f"there is not enough memory to read {path}") from error
-        raise error_type(f"{path} {problem}: {reason(error)[:LONGEST_REASON]}") from error
+        raise error_type(f"{path} {problem}: {printable(reason(error), LONGEST_REASON)}") from error
