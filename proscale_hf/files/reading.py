@@ -23,8 +23,12 @@ class FileError(ValueError):
     """A file cannot be read; the text is one line that names the file and says what to do."""
 
 
-def open_file(path: str | os.PathLike) -> BinaryIO:
+def open_file(path: str | os.PathLike, what: str = "file") -> BinaryIO:
     """Opens a file for reading bytes.
+
+    Args:
+        path: of the file.
+        what: it is, for messages, such as "picture".
 
     Raises:
         FileError: there is no such file, it may not be read, or it is a folder, a device or a pipe, which could have no
@@ -33,35 +37,35 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
     try:
         descriptor = os.open(path, os.O_RDONLY | AT_ONCE)
     except FileNotFoundError:
-        raise FileError(f"there is no file {path}; check the path") from None
+        raise FileError(f"there is no {what} {path}; check the path") from None
     except PermissionError:
         if os.path.isdir(path):  # what Windows says of a folder
-            raise FileError(f"{path} is a folder; give a file") from None
+            raise FileError(f"{path} is a folder, not a {what}") from None
         raise FileError(f"{path} may not be read; check its permissions") from None
     except (OSError, ValueError) as error:
         raise FileError(f"{path} cannot be opened: {getattr(error, 'strerror', None) or one_line(error)}") from error
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        what = "folder; give a file" if stat.S_ISDIR(mode) else "device or a pipe; give a regular file"
-        raise FileError(f"{path} is a {what}")
+        raise FileError(f"{path} is a {'folder' if stat.S_ISDIR(mode) else 'device or pipe'}, not a {what}")
     return os.fdopen(descriptor, "rb")
 
 
-def read_bytes(path: str | os.PathLike, most: int) -> bytes:
+def read_bytes(path: str | os.PathLike, most: int, what: str = "file") -> bytes:
     """All bytes of a file.
 
     Args:
         path: a regular file.
         most: how many bytes such a file can have; a larger one is refused.
+        what: it is, for messages.
 
     Raises:
         FileError: as for `open_file`, or the file is larger.
     """
-    with open_file(path) as file, reading(path):
+    with open_file(path, what) as file, reading(path):
         content = file.read(min(most, os.fstat(file.fileno()).st_size) + 1)
     if len(content) > most:
-        raise FileError(f"{path} is larger than the {most:,} bytes that such a file may have")
+        raise FileError(f"{path} is larger than the {most:,} bytes that a {what} may have")
     return content
 
 

@@ -26,16 +26,16 @@ def test_regular_file(tmp_path):
 def test_other_things(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, what in (
-        (tmp_path, "is a folder; give a file"),
-        (tmp_path / "pipe", "is a device or a pipe; give a regular file"),
-        ("/dev/zero", "is a device or a pipe; give a regular file"),
-        (tmp_path / "none", "check the path"),
-        (tmp_path / "none" / "file", "check the path"),
+        (tmp_path, "is a folder, not a picture"),
+        (tmp_path / "pipe", "is a device or pipe, not a picture"),
+        ("/dev/zero", "is a device or pipe, not a picture"),
+        (tmp_path / "none", "there is no picture .*; check the path"),
+        (tmp_path / "none" / "file", "there is no picture .*; check the path"),
         (tmp_path / ("x" * 300), "cannot be opened"),
         ("a\0b", "cannot be opened"),
     ):
         with pytest.raises(FileError, match=what):
-            read_bytes(path, most=10)
+            read_bytes(path, most=10, what="picture")
 
 
 @pytest.mark.parametrize(
