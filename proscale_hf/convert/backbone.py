@@ -167,6 +167,6 @@ def _with_statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     completed = dict(state)
     for name, scale in state.items():
         if name.endswith("_bn_s"):
-            completed.setdefault(f"{name[:-1]}rm", torch.zeros_like(scale))
-            completed.setdefault(f"{name[:-1]}riv", torch.ones_like(scale))
+            completed.setdefault(f"{name[:-1]}rm", torch.zeros(()).expand_as(scale))
+            completed.setdefault(f"{name[:-1]}riv", torch.ones(()).expand_as(scale))
     return completed

@@ -1,5 +1,7 @@
 """Builds a model around existing tensors, so that its weights are in memory only once."""
 
+from collections import defaultdict
+
 import torch
 import transformers
 from torch import Tensor
@@ -15,10 +17,13 @@ def expected_tensors(config: ProScaleMask2FormerConfig) -> dict[str, Tensor]:
 
 
 def to_float32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert floating-point tensors of other types in place, one by one: each is freed before the next one."""
+    """Convert floating-point tensors of other types in place: each once, and freed before the next one."""
+    names_of = defaultdict(list)  # a tensor may have several names
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
-            tensors[name] = tensor.float()
+            names_of[id(tensor)].append(name)
+    for names in names_of.values():
+        tensors.update(dict.fromkeys(names, tensors[names[0]].float()))
     return tensors
 
 
@@ -36,7 +41,8 @@ def build_model(
     Returns:
         The model in evaluation mode. Absent weights are initialised as in a new model.
     """
-    own = {name: _of_its_own(state.pop(name)) for name in list(state)}
+    used: set[int] = set()
+    own = {name: _of_its_own(state.pop(name), used) for name in list(state)}
     own = {name: tensor for name, tensor in own.items() if not tensor.is_meta}
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # the caller knows what is absent
@@ -48,6 +54,9 @@ def build_model(
         transformers.logging.set_verbosity(verbosity)
 
 
-def _of_its_own(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it if it is a part of a larger one."""
-    return tensor if tensor.nbytes == tensor.untyped_storage().nbytes() else tensor.clone()
+def _of_its_own(tensor: Tensor, used: set[int]) -> Tensor:
+    """The tensor, or a copy of it if it is a part of a larger one, or is in use already; `used` has the addresses."""
+    if tensor.nbytes != tensor.untyped_storage().nbytes() or tensor.data_ptr() in used:
+        tensor = tensor.clone()
+    used.add(tensor.data_ptr())
+    return tensor

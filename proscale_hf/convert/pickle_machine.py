@@ -9,9 +9,12 @@ import pickletools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
+from proscale_hf.files.text import printable
 
-MAXIMUM_OPERATIONS = 2_000_000  # a large model with its optimizer needs about 150,000
+
+MAXIMUM_OPERATIONS = 1_000_000  # a large model with its optimizer needs about 150,000
 KEY_TYPES = (str, int, float, bytes, type(None))  # the hash of nested tuples can take forever
+LARGEST_KEY = 2**60  # Python gives larger whole numbers the hashes of smaller ones, and a dictionary of them is slow
 NUMBERS = "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT"
 TEXTS = "STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8"
 BYTES = "BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8"
@@ -40,14 +43,10 @@ class Named(NamedTuple):
 class Stateful:
     """The result of an allowed function, if the pickle sets its state afterwards."""
 
+    __slots__ = ()
+
     def set_state(self, state: Any) -> None:
         raise NotImplementedError
-
-
-def printable(text: str) -> str:
-    """`text` from an untrusted file as a short part of a line, without control characters."""
-    text = ascii(text[:120])[1:-1]
-    return text if len(text) <= 100 else text[:100] + "..."
 
 
 def dict_of(pairs: Iterable[Any] = ()) -> dict[Any, Any]:
@@ -56,6 +55,8 @@ def dict_of(pairs: Iterable[Any] = ()) -> dict[Any, Any]:
     for key, value in pairs:
         if not isinstance(key, KEY_TYPES):
             raise RefusedPickleError(f"it has a dictionary key of type {type(key).__name__}")
+        if isinstance(key, int) and abs(key) > LARGEST_KEY:
+            raise RefusedPickleError("it has a dictionary key that is a very large number")
         result[key] = value
     return result
 
@@ -155,8 +156,10 @@ def _pairs(items: list[Any]) -> Iterable[tuple[Any, Any]]:
 
 
 def _checked_sum(length: int, values: tuple[Any, ...], bytes_read: int) -> int:
-    """Add the values' lengths. The bytes that were read may count twice, as text and as bytes, but not more often."""
-    length += sum(len(value) for value in values if isinstance(value, (str, bytes, bytearray, list, tuple, dict)))
+    """Add the lengths of the tuple and of its values. The bytes that were read may count twice, but not more often."""
+    length += len(values)
+    if length <= 2 * bytes_read:
+        length += sum(len(value) for value in values if isinstance(value, (str, bytes, bytearray, list, tuple, dict)))
     if length > 2 * bytes_read:
         raise RefusedPickleError("it grows by using the same parts again and again")
     return length

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from proscale_hf.convert import ConversionError
+from proscale_hf.files.text import printable
 
 
 class Rule(NamedTuple):
@@ -235,13 +236,15 @@ def rename_tensors(
             continue
         targets = targets_of(source_name)
         if not targets or any(target not in expected or target in state for target in targets):
-            unmapped.append(source_name)
+            unmapped.append(printable(source_name))
             continue
         for target, part in zip(targets, torch.atleast_1d(tensor).tensor_split(len(targets)), strict=True):
-            state[target] = part.to(expected[target].dtype)
-            if part.shape != expected[target].shape:
+            if part.shape == expected[target].shape:
+                part = part.to(expected[target].dtype)
+            else:
                 found, needed = tuple(part.shape), tuple(expected[target].shape)
-                misshapen.append(f"{source_name} -> {target}: {found} found, {needed} needed")
+                misshapen.append(f"{printable(source_name)} -> {target}: {found} found, {needed} needed")
+            state[target] = part
     missing = [name for name in expected if name not in state and not without_source.fullmatch(name)]
     problems = (
         ("in the checkpoint, without a place in the model", unmapped),

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from proscale_hf.convert import ConversionError, pickle_machine
+from proscale_hf.convert.model_building import to_float32
 from proscale_hf.convert.safe_pickle import load_checkpoint
 
 
@@ -319,6 +320,7 @@ def nested_tuples(depth):
         (b"\x80\x04\x95" + struct.pack("<Q", 2**63 - 1) + b"}.", "no state dict"),  # a frame
         (b"\x80\x02\x8b\xff\xff\xff\x7f.", "damaged"),  # a number
         (b"L" + b"9" * 100_000 + b"L\n.", "damaged"),
+        (b"\x80\x02}\x8a\x08" + (2**61 - 1).to_bytes(8, "little") + b"K\x00s.", "a very large number"),  # hashed as 0
     ],
 )
 def test_bombs(tmp_path, program, message):
@@ -334,6 +336,7 @@ def test_bombs(tmp_path, program, message):
         b"ctorch.storage\n_load_from_bytes\nh\x02\x85R",  # reads a storage
         b"cnumpy.core.multiarray\n_reconstruct\n)R(K\x01K\x01\x85NNh\x00tb",  # an array of the same bytes
         b"ccollections\nOrderedDict\nh\x01\x85R",
+        b"cnumpy.core.multiarray\n_reconstruct\nh\x03R",  # with very many arguments
     ],
 )
 def test_same_parts_again_and_again(tmp_path, repeated):
@@ -343,6 +346,7 @@ def test_same_parts_again_and_again(tmp_path, repeated):
         b"X" + struct.pack("<L", 5000) + b"a" * 5000 + b"q\x00",
         b"](" + b"K\x01K\x01\x86" * 5000 + b"eq\x01",
         b"B" + struct.pack("<L", len(storage)) + storage + b"q\x02",
+        b"(" + b"K\x01" * 5000 + b"tq\x03",
     )
     (tmp_path / "model.pkl").write_bytes(b"\x80\x03](" + b"".join(parts) + repeated * 20 + b"e.")
     assert "it grows by using the same parts again" in refusal(tmp_path / "model.pkl")
@@ -368,6 +372,43 @@ def test_nested_tuples_that_would_be_shown(tmp_path, kind):
     }[kind]
     (tmp_path / "checkpoint").write_bytes(content)
     assert ("no storage of numbers" if kind == "storage" else "damaged") in refusal(tmp_path / "checkpoint")
+
+
+def test_persistent_ids_of_many_parts(tmp_path, zip_path):
+    """They are not copied."""
+    ids = b"\x80\x02(" + b"N" * 5000 + b"tq\x00Q" + b"h\x00Q" * 1000 + b"."
+    rewrite_zip(zip_path, tmp_path / "bad.pth", lambda _: ids)
+    assert "something that is no storage" in refusal(tmp_path / "bad.pth")
+
+
+@WRITERS
+def test_one_tensor_with_many_names(tmp_path, write):
+    """It is read once, and stays one when it is converted."""
+    shared = torch.arange(50_000).half()
+    write(tmp_path / "checkpoint", {f"name {index}": shared for index in range(1000)} | {"part": shared[5:8]})
+    tracemalloc.start()
+    loaded = load_checkpoint(tmp_path / "checkpoint")
+    converted = to_float32(dict(loaded))
+    assert tracemalloc.get_traced_memory()[1] < 10e6
+    tracemalloc.stop()
+    assert len({tensor.data_ptr() for name, tensor in loaded.items() if name != "part"}) == 1
+    assert len({tensor.data_ptr() for name, tensor in converted.items() if name != "part"}) == 1
+    assert torch.equal(converted["name 7"], shared.float())
+    assert converted["part"].tolist() == [5, 6, 7]
+
+
+def test_arrays_with_many_names(tmp_path):
+    array = np.arange(50_000, dtype=np.float32)
+    write_pickle(tmp_path / "model.pkl", {f"name {index}": array for index in range(1000)})
+    loaded = load_checkpoint(tmp_path / "model.pkl")
+    assert len({tensor.data_ptr() for tensor in loaded.values()}) == 1
+    assert torch.equal(loaded["name 7"], torch.from_numpy(array))
+
+
+def test_very_many_tensors_that_overlap(tmp_path):
+    large = torch.ones(50_000)
+    write_zip(tmp_path / "checkpoint", {str(index): large[index:] for index in range(100)})
+    assert "very many tensors that overlap" in refusal(tmp_path / "checkpoint")
 
 
 def test_too_many_operations(tmp_path, monkeypatch):
@@ -450,6 +491,41 @@ def test_storage_that_the_zip_does_not_have(tmp_path, zip_path):
     for found, claimed in claims.items():
         rewrite_zip(zip_path, tmp_path / "bad.pth", lambda data, pair=(found, claimed): data.replace(*pair))
         assert "bytes for the storage" in refusal(tmp_path / "bad.pth")
+
+
+def test_zip_with_parts_that_differ_in_case(tmp_path, zip_path):
+    """Readers differ in which of the two they take; here it is the one that was checked."""
+    for extra in ({"good/DATA.pkl": EVIL + b"."}, {"good/DATA/0": b"\0" * 4000}):
+        rewrite_zip(zip_path, tmp_path / "both.pth", **extra)
+        assert load_checkpoint(tmp_path / "both.pth")["w"].tolist() == [1.0] * 1000
+    rewrite_zip(zip_path, tmp_path / "evil.pth", lambda data: EVIL + b".", **{"good/DATA.pkl": b"\x80\x02}."})
+    assert "would call posix.system," in refusal(tmp_path / "evil.pth")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_zip_with_two_parts_of_one_name(tmp_path, zip_path):
+    rewrite_zip(zip_path, tmp_path / "bad.pth", **{"good/data/0": b"\0" * 10})
+    assert "its parts overlap" in refusal(tmp_path / "bad.pth")
+
+
+def test_zip_whose_parts_are_elsewhere(tmp_path, zip_path):
+    """The directory and the parts' own headers both say where their bytes are."""
+    content = zip_path.read_bytes()
+    with zipfile.ZipFile(zip_path) as archive:
+        header = archive.getinfo("good/data/0").header_offset
+    for position, value in ((header, b"X"), (header + 28, b"\xff\xff")):  # the mark of a header, the length of its end
+        (tmp_path / "bad.pth").write_bytes(content[:position] + value + content[position + len(value) :])
+        assert "damaged" in refusal(tmp_path / "bad.pth")
+
+
+def test_numbers_of_the_other_byte_order(tmp_path, zip_path):
+    with zipfile.ZipFile(zip_path) as old, zipfile.ZipFile(tmp_path / "big.pth", "w") as new:
+        for entry in old.infolist():
+            data = old.read(entry)
+            if entry.filename.endswith("/data/0"):
+                data = np.arange(1000, dtype=">f4").tobytes()
+            new.writestr(entry.filename, b"big" if entry.filename.endswith("byteorder") else data)
+    assert load_checkpoint(tmp_path / "big.pth")["w"].tolist() == list(range(1000))
 
 
 def test_compressed_zip(tmp_path, zip_path):
