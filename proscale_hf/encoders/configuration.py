@@ -4,7 +4,8 @@ What PRO-SCALE adds (https://arxiv.org/abs/2404.14657, section 3 and appendix C)
 """
 
 import copy
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -15,6 +16,10 @@ ENCODERS = ("proscale", "mask2former", "lite", "rt")
 TOKEN_RECALIBRATIONS = ("none", "linear", "conv")
 TOKEN_RECALIBRATION_LAYOUTS = ("paper", "original")
 NORM_GROUPS = 32  # of the group norms around the encoder, as in Mask2Former and DINO
+LARGEST_NUMBER = 2**20  # of any size or count
+MOST_LAYERS = 1000
+LAYERS = re.compile(r"(.*_)?(layers|depths?)")  # names of fields that count layers, of backbones too
+OF_LABELS = ("id2label", "label2id", "categories", "ignore_value")
 
 
 @strict
@@ -86,6 +91,7 @@ class EncoderConfig(PreTrainedConfig):
     dropout: float | int = 0.0
 
     def __post_init__(self, **kwargs: Any):
+        check_extent({**vars(self), **kwargs})
         if isinstance(self.backbone_config, dict):
             self.backbone_config = _backbone_config_from_dict(self.backbone_config)
         super().__post_init__(**kwargs)
@@ -122,6 +128,36 @@ class EncoderConfig(PreTrainedConfig):
         check_share("dropout", self.dropout)
         check_multiple("feature_size", self.feature_size, NORM_GROUPS, "the groups of the group norm")
         check_multiple("feature_size", self.feature_size, self.num_attention_heads, "`num_attention_heads`")
+
+
+def check_extent(values: Mapping[str, Any]) -> None:
+    """Refuse numbers with which to build the model would take all memory, or for ever: a file may ask for that.
+
+    Args:
+        values: the fields of a configuration and, in mappings among them, those of its backbone.
+
+    Raises:
+        ValueError: one line that names the field.
+    """
+    layers = 0
+    for name, value in _numbers(values):
+        if abs(value) > LARGEST_NUMBER:
+            raise ValueError(f"`{name}` must be at most {LARGEST_NUMBER:,} in size.")
+        layers += value if LAYERS.fullmatch(name) else 0
+    if layers > MOST_LAYERS:
+        raise ValueError(f"The configuration asks for {layers:,} layers; at most {MOST_LAYERS:,} are possible.")
+
+
+def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """The whole numbers among the fields, those in lists too, each with its field's name."""
+    for name, value in values.items():
+        if name in OF_LABELS:
+            continue
+        if isinstance(value, Mapping):
+            yield from _numbers(value)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int):
+                yield name, number
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:

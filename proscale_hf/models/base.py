@@ -20,6 +20,9 @@ from proscale_hf.layers.kernels import PYTORCH, use_kernel
 from proscale_hf.models.installed import resolved, write_card
 
 
+MOST_PARAMETERS = 10**10  # the largest models of this kind have 2 * 10**8
+
+
 class IsRemoteCode:
     """`is_remote_code()`, which transformers asks of the class when it loads, and of the model when it saves.
 
@@ -52,8 +55,18 @@ class ProScalePreTrainedModel(PreTrainedModel):
         raise NotImplementedError
 
     def post_init(self) -> None:
-        """As in transformers. `_no_split_modules` keeps the layers that this model has, since FSDP wants all."""
+        """As in transformers. `_no_split_modules` keeps the layers that this model has, since FSDP wants all.
+
+        Raises:
+            ValueError: the model is too large. It is on the meta device, as in `from_pretrained`, so nothing is
+                allocated yet.
+        """
         super().post_init()
+        parameters = sum(parameter.numel() for parameter in self.parameters() if parameter.is_meta)
+        if parameters > MOST_PARAMETERS:
+            raise ValueError(
+                f"The configuration asks for {parameters:,} parameters; at most {MOST_PARAMETERS:,} are possible."
+            )
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     @classmethod
