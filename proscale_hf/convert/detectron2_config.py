@@ -8,16 +8,21 @@ import ast
 import contextlib
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from proscale_hf.convert import ConversionError
+from proscale_hf.files.text import shown
+from proscale_hf.files.yaml_text import Chain, PlainLoader, read_yaml
 
 
 BASE_KEY = "_BASE_"
 CONFIG_ROOT_NAME = "configs"  # what detectron2 projects call the folder of all their configurations
+LONGEST_LITERAL = 1000  # characters of a Python value in a text
+LONGEST_INTEGER = 1000  # bits of a number that Python has a float for
 
 # The entries that are read, with the originals' defaults, whose types are the entries' types.
 DEFAULTS: dict[str, Any] = {
@@ -133,7 +138,7 @@ class Detectron2Config:
         value: Any = self.values
         for key in name.split("."):
             if not isinstance(value, Mapping):
-                raise ConversionError(f"The configuration's {name} must lie in a section, but lies in {value!r}.")
+                raise ConversionError(f"The configuration's {name} must lie in a section, but lies in {shown(value)}.")
             if key not in value:
                 return default
             value = value[key]
@@ -146,7 +151,7 @@ class Detectron2Config:
             if value == choice:
                 return meaning
         valid = ", ".join(repr(choice) for choice in choices)
-        raise ConversionError(f"{name} is {value!r}, which cannot be converted; possible: {valid}.")
+        raise ConversionError(f"{name} is {shown(value)}, which cannot be converted; possible: {valid}.")
 
 
 def read_config(path: str | Path) -> Detectron2Config:
@@ -169,42 +174,28 @@ def read_config(path: str | Path) -> Detectron2Config:
     path = Path(path).resolve()
     roots = [folder for folder in path.parents if folder.name == CONFIG_ROOT_NAME]
     root = roots[-1] if roots else path.parent.parent
-    return Detectron2Config(_read_chain(path, root, ()))
+    chain = Chain(BASE_KEY, ConversionError)
+    return Detectron2Config(chain.follow(path, partial(_read_chain, path, root, chain)))
 
 
-def _read_chain(path: Path, root: Path, read_before: tuple[Path, ...]) -> dict[str, Any]:
-    if path in read_before:
-        cycle = " -> ".join(file.name for file in (*read_before, path))
-        raise ConversionError(f"The configuration is based on itself: {cycle}.")
-    own = _read_yaml(path)
+def _read_chain(path: Path, root: Path, chain: Chain) -> dict[str, Any]:
+    """A file's values, over those of the files that it is based on."""
+    own = read_yaml(path, "configuration", ConversionError, ConfigLoader)
+    if not isinstance(own, dict):
+        raise ConversionError(f"{path} is no configuration: it must be a mapping of sections.")
     bases = own.pop(BASE_KEY, [])
     values: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        if not isinstance(base, str) or Path(base).is_absolute() or base.startswith("~") or "://" in base:
-            raise ConversionError(f"{path}: {BASE_KEY} must be a relative path, got {base!r}.")
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str) or Path(base).is_absolute() or re.match(r"~|.*://|.*\0", base):
+            raise ConversionError(f"{path}: {BASE_KEY} must be a relative path, got {shown(base)}.")
         base_path = (path.parent / base).resolve()
         if not base_path.is_relative_to(root):
-            raise ConversionError(f"{path}: {BASE_KEY} {base!r} leaves the configuration's folder {root}.")
-        values = _merged(values, _read_chain(base_path, root, (*read_before, path)))
+            raise ConversionError(f"{path}: {BASE_KEY} {shown(base)} leaves the configuration's folder {root}.")
+        values = _merged(values, chain.follow(base_path, partial(_read_chain, base_path, root, chain)))
     return _merged(values, own)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            values = yaml.load(file, Loader=ConfigLoader)
-    except OSError as error:
-        raise ConversionError(f"The configuration {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ConversionError(f"{path}{line}: this is no valid YAML.") from error
-    if not isinstance(values, dict):
-        raise ConversionError(f"{path} is no configuration: it must be a mapping of sections.")
-    return values
-
-
-class ConfigLoader(yaml.SafeLoader):
+class ConfigLoader(PlainLoader):
     """YAML's safe loader, which also reads over Python tags: detectron2 evaluates them, and this loader does not."""
 
 
@@ -235,19 +226,19 @@ def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 def _checked(name: str, value: Any, default: Any) -> Any:
     """The value with the type of the entry's default."""
-    if isinstance(value, str) and not isinstance(default, str):
+    if isinstance(value, str) and not isinstance(default, str) and len(value) <= LONGEST_LITERAL:
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             value = ast.literal_eval(value)  # YAML takes "(1, 2)" and "None" for strings
     if default is None or (name in OPTIONAL and value in (None, "")):
         return value or None
     if isinstance(default, tuple):
         if not isinstance(value, list | tuple):
-            raise ConversionError(f"{name} must be a list, got {value!r}.")
+            raise ConversionError(f"{name} must be a list, got {shown(value)}.")
         return tuple(_checked(name, item, default[0]) for item in value)
-    if isinstance(default, float) and type(value) is int:
+    if isinstance(default, float) and type(value) is int and value.bit_length() < LONGEST_INTEGER:
         return float(value)
     if type(value) is not type(default):
-        raise ConversionError(f"{name} must be of type {type(default).__name__}, got {value!r}.")
+        raise ConversionError(f"{name} must be of type {type(default).__name__}, got {shown(value)}.")
     return value
 
 

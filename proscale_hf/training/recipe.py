@@ -10,28 +10,33 @@ other keys belong to something else. Lists are replaced.
 """
 
 import difflib
-import math
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
 from proscale_hf.evaluation.agreement import TASKS
+from proscale_hf.files.text import printable, shown
 from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
 from proscale_hf.models.mask2former.presets import preset_settings
 
 
 try:
     import yaml
+
+    from proscale_hf.files.yaml_text import Chain, PlainLoader, explain_yaml, read_yaml
 except ImportError as error:
     raise ImportError('recipes need PyYAML: pip install "proscale-hf[train]"') from error
 
 KIND_KEYS = ("name", "model_type")
+LARGEST_NUMBER = 1e18  # which is neither infinite, nor too large for PyTorch
 
 
 class RecipeError(ValueError):
@@ -185,20 +190,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file cannot be read, a key is unknown, or a value is not possible.
     """
-    values = merged(_read(Path(path), ()), _parse_overrides(overrides))
+    chain = Chain("`base:`", RecipeError)
+    values = merged(chain.follow(path, partial(_read, Path(path), chain)), _parse_overrides(overrides))
     recipe = _build(Recipe, values, "")
     _check(recipe)
     return recipe
 
 
-class RecipeLoader(yaml.SafeLoader):
+class RecipeLoader(PlainLoader):
     """YAML with 1e-4 as a number (YAML 1.1 takes it for text) and without repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key_node, deep=True) for key_node, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(problem=f"{key!r} occurs twice", problem_mark=node.start_mark)
+        hashable = [key for key in keys if isinstance(key, Hashable)]  # of the others the base class complains
+        for key, times in Counter(hashable).items():
+            if times > 1:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{shown(key)} occurs {'twice' if times == 2 else f'{times} times'}",
+                    problem_mark=node.start_mark,
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -207,26 +217,19 @@ RecipeLoader.add_implicit_resolver(
 )
 
 
-def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, chain: Chain) -> dict[str, Any]:
     """A file's values, merged over those of its bases."""
-    resolved = path.resolve()
-    if resolved in readers:
-        raise RecipeError(f"{path} is its own base; take one `base:` out")
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader)
-    except OSError as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    values = read_yaml(path, "recipe", RecipeError, RecipeLoader)
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise RecipeError(f"{path} must hold sections such as `optimization:`, not {type(values).__name__}")
     base = values.pop("base", None)
     if base is None:
         return values
-    if not isinstance(base, str):
-        raise RecipeError(f"{path}: base must be the name of a recipe file, got {base!r}")
-    return merged(_read(path.parent / base, (*readers, resolved)), values)
+    if not isinstance(base, str) or "\0" in base:
+        raise RecipeError(f"{path}: base must be the name of a recipe file, got {shown(base)}")
+    base_path = path.parent / base
+    return merged(chain.follow(base_path, partial(_read, base_path, chain)), values)
 
 
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -235,16 +238,16 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         name, equals, text = override.partition("=")
         *sections, key = name.split(".")
         if not equals or not all((*sections, key)):
-            raise RecipeError(f"{override!r} must be section.key=value, such as optimization.learning_rate=1e-4")
+            raise RecipeError(f"{shown(override)} must be section.key=value, such as optimization.learning_rate=1e-4")
         place = values
         for section in sections:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
-                raise RecipeError(f"{override!r}: {section} was given a value of its own before")
+                raise RecipeError(f"{shown(override)}: {section} was given a value of its own before")
         try:
             place[key] = yaml.load(text, RecipeLoader)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{override!r}: the value is no valid YAML: {' '.join(str(error).split())}") from error
+        except Exception as error:  # PyYAML raises other types too, over a bad date, say
+            raise RecipeError(f"{shown(override)}: the value is no valid YAML: {explain_yaml(error)}") from error
     return values
 
 
@@ -262,7 +265,7 @@ def merged(base: dict[str, Any], delta: dict[str, Any]) -> dict[str, Any]:
 def _build(cls: type, values: Any, place: str) -> Any:
     """An instance of a section's class, from plain values over its defaults."""
     if not isinstance(values, Mapping):
-        raise RecipeError(f"{place} must be a section with keys, got {values!r}")
+        raise RecipeError(f"{place} must be a section with keys, got {shown(values)}")
     hints = typing.get_type_hints(cls)
     known = [entry.name for entry in fields(cls)]
     arguments = {}
@@ -281,7 +284,7 @@ def check_known(full_name: str, key: str, known: Sequence[str]) -> None:
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
-        raise RecipeError(f"the recipe has an unknown key {full_name}; {hint}")
+        raise RecipeError(f"the recipe has an unknown key {printable(full_name)}; {hint}")
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
@@ -294,27 +297,27 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if origin is Literal:
         value = "no" if value is False and "no" in arguments else value  # YAML reads a bare `no` as false
         if value not in arguments:
-            raise RecipeError(f"{name} must be one of {', '.join(arguments)}, got {value!r}")
+            raise RecipeError(f"{name} must be one of {', '.join(arguments)}, got {shown(value)}")
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise RecipeError(f"{name} must be a list such as [a, b], got {value!r}")
+            raise RecipeError(f"{name} must be a list such as [a, b], got {shown(value)}")
         return tuple(_convert(entry, arguments[0], name) for entry in value)
     if origin is dict:
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise RecipeError(f"{name} must be a section with keys, got {value!r}")
+            raise RecipeError(f"{name} must be a section with keys, got {shown(value)}")
         return value
     if hint is bool and isinstance(value, bool):
         return value
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is float and is_number and math.isfinite(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST_NUMBER
+    if hint is float and is_number:
         return float(value)
     if hint is int and is_number and value == int(value):
         return int(value)
     if hint is str and isinstance(value, str) and value:
         return value
     kinds = {float: "a number", int: "a whole number", str: "a text", bool: "true or false"}
-    raise RecipeError(f"{name} must be {kinds[hint]}, got {value!r}")
+    raise RecipeError(f"{name} must be {kinds[hint]}, got {shown(value)}")
 
 
 def _check(recipe: Recipe) -> None:
@@ -325,7 +328,7 @@ def _check(recipe: Recipe) -> None:
         for name in names:
             value = getattr(section, name)
             if value is not None and not condition(value):
-                raise RecipeError(f"{prefix}{name} must be {form}, got {value!r}")
+                raise RecipeError(f"{prefix}{name} must be {form}, got {shown(value)}")
 
     require(lambda value: value > 0, "greater than 0", optimization, "optimization.", "learning_rate", "clip", "epochs")
     require(lambda value: value >= 0, "0 or more", optimization, "optimization.", "weight_decay", "backbone_factor")

@@ -1,5 +1,8 @@
 """What a detectron2 configuration means for the model and the image processor."""
 
+import os
+from itertools import pairwise
+
 import pytest
 
 from detectron2_zoo import DEVIATION, IMAGE_MODELS, MEAN, VIDEO_MODELS, Published, Swin, write_configuration
@@ -331,7 +334,7 @@ def test_base_chain(tmp_path):
         ("link.yaml", "leaves"),
         ("config.yaml", "based on itself: config.yaml -> config.yaml"),
         ("cycle.yaml", "based on itself: config.yaml -> cycle.yaml -> config.yaml"),
-        ("missing.yaml", "missing.yaml cannot be read: No such file"),
+        ("missing.yaml", "there is no configuration .*missing.yaml"),
     ],
 )
 def test_impossible_base(tmp_path, base, message):
@@ -348,10 +351,11 @@ def test_impossible_base(tmp_path, base, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"MODEL:\n  A: [1\n", r"line 3: this is no valid YAML"),
+        (b"MODEL:\n  A: [1\n", r"no valid YAML: line 3: expected"),
         (b"\x80\x02}q\x00.", "no valid YAML"),
         (b"A: !!python/object/new:os.system [1", "no valid YAML"),
         (b"[" * 2000, "no valid YAML"),
+        (b"MODEL: {SWIN: {DEPTHS: 2000-99-99}}", "no valid YAML: month must be in"),
         (b"- 1", "no configuration"),
         (b"", "no configuration"),
     ],
@@ -359,4 +363,36 @@ def test_impossible_base(tmp_path, base, message):
 def test_other_files(tmp_path, content, message):
     (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(ConversionError, match=message):
+        read_config(tmp_path / "config.yaml")
+
+
+def test_values_that_grow(tmp_path):
+    """Short texts for long values make neither long messages nor much work."""
+    laughs = "a: &a [lol]\n" + "".join(
+        f"{name}: &{name} [{','.join([f'*{below}'] * 9)}]\n" for below, name in pairwise("abcde")
+    )
+    (tmp_path / "config.yaml").write_text(f"{laughs}MODEL: *e\n")
+    with pytest.raises(ConversionError, match="must lie in a section") as error:
+        model_settings(read_config(tmp_path / "config.yaml"))
+    assert len(str(error.value)) < 300
+    for text in ("DROPOUT: '0x" + "F" * 800 + "'", "DROPOUT: '" + "9" * 900 + "'", "NHEADS: '" + "[" * 900 + "'"):
+        with pytest.raises(ConversionError, match="must be of type") as error:
+            model_settings(config(tmp_path, f"MODEL: {{MASK_FORMER: {{{text}}}}}"))
+        assert len(str(error.value)) < 300
+
+
+def test_very_many_bases(tmp_path):
+    (tmp_path / "base.yaml").write_text("MODEL: {}")
+    (tmp_path / "fan.yaml").write_text(f"_BASE_: [{'base.yaml, ' * 40}]")
+    for number in range(40):
+        (tmp_path / f"{number}.yaml").write_text(f"_BASE_: {number + 1}.yaml")
+    for name in ("fan", "0"):
+        with pytest.raises(ConversionError, match=r"starts from more than 30 files by _BASE_"):
+            read_config(tmp_path / f"{name}.yaml")
+
+
+def test_a_pipe_is_no_configuration(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "config.yaml").write_text("_BASE_: pipe.yaml")
+    with pytest.raises(ConversionError, match=r"pipe\.yaml is a device or pipe, not a configuration"):
         read_config(tmp_path / "config.yaml")
