@@ -3,12 +3,11 @@
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from proscale_hf.files.whole import writing
+from proscale_hf.files.whole import being_written, removed_on_failure, temporary_name, writing
 
 
 UNFINISHED = ".unfinished"
@@ -38,28 +37,30 @@ def folder_written_whole(folder: Path, accelerator: Any = None) -> Iterator[Path
     check_new_folder(folder)
     is_main = accelerator is None or accelerator.is_main_process
     new_parents = [parent for parent in folder.absolute().parents if not parent.exists()]
-    names = [""]
-    if is_main:
-        with writing(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            names = [tempfile.mkdtemp(prefix=f".{folder.name[:100]}-", dir=folder.parent)]
-    if accelerator is not None:
-        from accelerate.utils import broadcast_object_list
-
-        names = broadcast_object_list(names)
-    unfinished = Path(names[0])
+    own = temporary_name(folder)
     try:
-        yield unfinished
-        if is_main:
-            with writing(folder):
-                give_usual_permissions(unfinished)
-                unfinished.rename(folder)
+        with removed_on_failure(own, shutil.rmtree):
+            if is_main:
+                with writing(folder):
+                    own.mkdir(parents=True)
+            unfinished = own if accelerator is None else _of_the_main_process(own)
+            with removed_on_failure(unfinished, shutil.rmtree):
+                yield unfinished
+            if is_main:
+                with writing(folder):
+                    give_usual_permissions(unfinished)
+                    unfinished.rename(folder)
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
         for parent in new_parents:
             with contextlib.suppress(OSError):  # another process has put something there
                 parent.rmdir()
         raise
+
+
+def _of_the_main_process(path: Path) -> Path:
+    from accelerate.utils import broadcast_object_list
+
+    return Path(broadcast_object_list([str(path)])[0])
 
 
 def give_usual_permissions(folder: Path) -> None:
@@ -92,6 +93,7 @@ def unfinished_folder(place: Path, accelerator: Any) -> Iterator[Path]:
     if one_per_machine:
         shutil.rmtree(unfinished.parent, ignore_errors=True)
     accelerator.wait_for_everyone()  # machines may share a disk: none removes what another has made
+    being_written.add(unfinished)
     try:
         if one_per_machine:
             unfinished.mkdir(parents=True, exist_ok=True)
@@ -101,6 +103,7 @@ def unfinished_folder(place: Path, accelerator: Any) -> Iterator[Path]:
     finally:
         if one_per_machine:
             shutil.rmtree(unfinished.parent, ignore_errors=True)
+        being_written.discard(unfinished)
 
 
 @contextlib.contextmanager

@@ -2,11 +2,34 @@
 
 import contextlib
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from proscale_hf.files.text import one_line
+
+
+being_written: set[Path] = set()  # temporary files and folders, for `endings`
+
+
+@contextlib.contextmanager
+def removed_on_failure(temporary: Path, remove: Callable[[Path], object] = Path.unlink) -> Iterator[None]:
+    """Removes a temporary file or folder if anything, an interrupt too, keeps it from getting its own name."""
+    being_written.add(temporary)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remove(temporary)
+        raise
+    finally:
+        being_written.discard(temporary)
+
+
+def temporary_name(target: Path) -> Path:
+    """A hidden name beside `target` that nobody else has, not even another thread or machine."""
+    return target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.partial")
 
 
 @contextlib.contextmanager
@@ -46,13 +69,11 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], object]) ->
         ValueError: the file cannot be written.
     """
     target = Path(os.path.realpath(path))  # a link stays a link, its target is what is replaced
-    temporary = target.with_name(f".{target.name[:100]}.{os.getpid()}.partial")
+    temporary = temporary_name(target)
     try:
-        with open(temporary, "xb") as file:
-            write(file)
-        os.replace(temporary, target)
+        with removed_on_failure(temporary):
+            with open(temporary, "xb") as file:
+                write(file)
+            os.replace(temporary, target)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot write {path}: {one_line(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
