@@ -11,6 +11,12 @@ import statistics
 import time
 from collections.abc import Callable
 
+from proscale_hf.endings import end_well
+
+
+if __name__ == "__main__":
+    end_well()  # before the imports that take seconds
+
 import numpy as np
 import torch
 from PIL import Image

@@ -19,6 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from proscale_hf.endings import end_well
+
+
+if __name__ == "__main__":
+    end_well()  # before the imports that take seconds
+
 import numpy as np
 from PIL import Image
 

@@ -17,6 +17,12 @@ import time
 from functools import partial
 from pathlib import Path
 
+from proscale_hf.endings import end_well
+
+
+if __name__ == "__main__":
+    end_well()  # before the imports that take seconds
+
 import torch
 from evaluate_demo import measure_panoptic_quality
 from pretrain_backbone import pretrain_backbone

@@ -20,6 +20,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from proscale_hf.endings import end_well
+
+
+if __name__ == "__main__":
+    end_well()  # before the imports that take seconds
+
 import numpy as np
 from PIL import Image
 

@@ -11,6 +11,12 @@ import math
 import sys
 from pathlib import Path
 
+from proscale_hf.endings import end_well
+
+
+if __name__ == "__main__":
+    end_well()  # before the imports that take seconds
+
 import numpy as np
 from PIL import Image, ImageDraw
 

@@ -6,8 +6,11 @@ accelerate launch --num_processes 8 examples/evaluate.py --model DIR \
 
 import sys
 
-from proscale_hf.cli import main
+from proscale_hf.endings import end_well
 
 
 if __name__ == "__main__":
+    end_well()
+    from proscale_hf.cli import main
+
     sys.exit(main(["evaluate", *sys.argv[1:]]))

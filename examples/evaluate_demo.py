@@ -9,6 +9,12 @@ import json
 import sys
 from pathlib import Path
 
+from proscale_hf.endings import end_well
+
+
+if __name__ == "__main__":
+    end_well()  # before the imports that take seconds
+
 import numpy as np
 import torch
 from transformers import AutoModelForUniversalSegmentation

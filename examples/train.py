@@ -18,13 +18,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+from proscale_hf.endings import end_well
+
+
+if __name__ == "__main__":
+    end_well()  # before the imports that take seconds
 
 try:
-    import torch
     from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArguments
     from transformers.integrations import get_available_reporting_integrations
     from transformers.trainer import TRAINER_STATE_NAME
 
+    from proscale_hf.files.lock import folder_in_use
+    from proscale_hf.files.memory import is_out_of_memory
     from proscale_hf.files.whole import write_whole
     from proscale_hf.training.checkpoint import choose_checkpoint, save_model
     from proscale_hf.training.optimization import count_steps
@@ -110,6 +116,12 @@ def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
 
 
 def train(recipe: Recipe, arguments: TrainingArguments) -> None:
+    """A recipe becomes a model in the output folder, and on the Hub if that is asked for."""
+    with folder_in_use(Path(arguments.output_dir), arguments.process_index == 0):
+        train_and_save(recipe, arguments)
+
+
+def train_and_save(recipe: Recipe, arguments: TrainingArguments) -> None:
     checkpoint = checkpoint_to_resume(arguments)
     with arguments.main_process_first():
         train_data, validation_data = load_datasets(recipe)
@@ -140,9 +152,11 @@ def train(recipe: Recipe, arguments: TrainingArguments) -> None:
 def main() -> None:
     try:
         train(*parse_arguments(sys.argv[1:]))
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of memory: lower optimization.device_batch_size, the rest of a batch is accumulated")
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        if is_out_of_memory(error):
+            sys.exit("error: out of memory: lower optimization.device_batch_size, the rest of a batch is accumulated")
+        if not isinstance(error, ValueError | OSError) or isinstance(error, BrokenPipeError):
+            raise
         # an error of a worker that loads images comes with its traceback, and its text last
         sys.exit(f"error: {str(error).strip().splitlines()[-1].rpartition('Error: ')[2]}")
 

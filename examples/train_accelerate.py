@@ -16,13 +16,21 @@ import sys
 import time
 from pathlib import Path
 
+from proscale_hf.endings import end_well
+
+
+if __name__ == "__main__":
+    end_well()  # before the imports that take seconds
 
 try:
     import torch
+    from accelerate import PartialState
     from accelerate.utils import send_to_device
     from tqdm import tqdm
 
     from proscale_hf.evaluation.evaluator import evaluate
+    from proscale_hf.files.lock import folder_in_use
+    from proscale_hf.files.memory import is_out_of_memory
     from proscale_hf.hub.license import check_may_publish
     from proscale_hf.hub.push import check_repo_id
     from proscale_hf.training.checkpoint import save_checkpoint, save_model
@@ -55,6 +63,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--push_to_hub", metavar="REPOSITORY", help="upload the finished model")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
     return parser.parse_intermixed_args()
+
+
+class StoppedError(Exception):
+    """A signal, to this process or another one of the training, has ended it after a step."""
+
+    def __init__(self, step: int, number: int):
+        super().__init__(f"stopped by a signal after step {step}, all is saved: go on with --resume")
+        self.signal = number
 
 
 def catch_signals() -> list[int]:
@@ -135,7 +151,7 @@ def train(run: Run) -> None:
             if is_saved or is_finished:
                 save_checkpoint(accelerator, run.output, progress, run.ema, recipe.checkpoint.keep)
             if is_stopped and not is_finished:
-                raise ValueError(f"stopped by a signal after step {progress.step}, all is saved: go on with --resume")
+                raise StoppedError(progress.step, signals[0] if signals else signal.SIGTERM)
 
 
 def train_and_save(arguments: argparse.Namespace) -> None:
@@ -143,15 +159,16 @@ def train_and_save(arguments: argparse.Namespace) -> None:
     repository, recipe = arguments.push_to_hub, load_recipe(arguments.config, arguments.overrides)
     if repository:
         check_repo_id(repository)
-    run = prepare(recipe, arguments.output_dir, arguments.resume, arguments.report_to)
-    accelerator, model = run.accelerator, run.accelerator.unwrap_model(run.model)
-    if repository:
-        check_may_publish(model.config, private=False)
-    train(run)
-    if skipped := skipped_images(run.train_data):
-        accelerator.print(f"{len(skipped)} of the images could not be used, such as {skipped[0]}.")
-    save_model(accelerator, run.output, run.result, run.image_processor)
-    accelerator.end_training()
+    with folder_in_use(arguments.output_dir, PartialState().is_main_process):
+        run = prepare(recipe, arguments.output_dir, arguments.resume, arguments.report_to)
+        accelerator, model = run.accelerator, run.accelerator.unwrap_model(run.model)
+        if repository:
+            check_may_publish(model.config, private=False)
+        train(run)
+        if skipped := skipped_images(run.train_data):
+            accelerator.print(f"{len(skipped)} of the images could not be used, such as {skipped[0]}.")
+        save_model(accelerator, run.output, run.result, run.image_processor)
+        accelerator.end_training()
     if repository and accelerator.is_main_process:
         type(model).from_pretrained(run.output).push_to_hub(repository)
         run.image_processor.push_to_hub(repository)
@@ -161,13 +178,16 @@ def main() -> None:
     arguments = parse_arguments()
     try:
         train_and_save(arguments)
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of memory: lower optimization.device_batch_size, the rest of a batch is accumulated")
-    except RuntimeError as error:
-        if "find_unused_parameters" not in str(error):
+    except StoppedError as stopped:
+        print(f"error: {stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.signal)  # as shells have it
+    except Exception as error:
+        if is_out_of_memory(error):
+            sys.exit("error: out of memory: lower optimization.device_batch_size, the rest of a batch is accumulated")
+        if isinstance(error, RuntimeError) and "find_unused_parameters" in str(error):
+            sys.exit("error: parts of this backbone are unused: try train.py with --ddp_find_unused_parameters true")
+        if not isinstance(error, ValueError | OSError) or isinstance(error, BrokenPipeError):
             raise
-        sys.exit("error: parts of this backbone are unused: try train.py with --ddp_find_unused_parameters true")
-    except (ValueError, OSError) as error:
         # an error of a worker that loads images comes with its traceback, and its text last
         sys.exit(f"error: {str(error).strip().splitlines()[-1].rpartition('Error: ')[2]}")
 

@@ -10,6 +10,12 @@ Each scene is seen once, since there is no end of scenes.
 from dataclasses import dataclass, field
 from functools import partial
 
+from proscale_hf.endings import end_well
+
+
+if __name__ == "__main__":
+    end_well()  # before the imports that take seconds
+
 import torch
 from evaluate_demo import measure_panoptic_quality
 from pretrain_backbone import pretrain_backbone

@@ -14,6 +14,7 @@ from paths import ROOT
 PACKAGE = "proscale_hf"
 FLOORS = (  # from the ground up; rooms on one floor do not know each other
     {"version", "files"},
+    {"endings"},
     {"layers"},
     {"backbones", "encoders", "losses", "processing"},
     {"hub"},

@@ -1,12 +1,12 @@
 """What a subcommand is, and how a command line is read and carried out: whatever fails is one line."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from proscale_hf.cli.console import CommandError
+from proscale_hf.endings import complain, forget_output, interruptible, status_of
 
 
 class Subcommand(NamedTuple):
@@ -79,24 +79,19 @@ def carry_out(parser: OneLineParser, arguments: Sequence[str] | None = None) -> 
     Returns:
         The exit status: 0 done, 1 failed, 2 wrong command line, 130 interrupted.
     """
-    try:
-        options = parser.parse_args(arguments)
-        options.run(options)
-        sys.stdout.flush()
-    except CommandError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
-        _forget_output()
-    except OSError as error:  # the disk that our output goes to is full, say
-        _forget_output()
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    with interruptible():
+        try:
+            options = parser.parse_args(arguments)
+            options.run(options)
+            sys.stdout.flush()
+        except BaseException as error:
+            status = status_of(error)
+            if status is not None:
+                return status
+            if isinstance(error, OSError):  # the disk that our output goes to is full, say
+                forget_output()
+            elif not isinstance(error, CommandError):
+                raise
+            complain(f"error: {error}")
+            return getattr(error, "exit_code", 1)
     return 0
-
-
-def _forget_output() -> None:
-    """Python does not try again, when it ends, to write what could not be written."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

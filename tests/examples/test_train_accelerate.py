@@ -181,7 +181,7 @@ def test_a_signal_saves_and_stops(recipe, tmp_path, number):
         wait_for((tmp_path / "out" / "log.jsonl").exists, process)
         process.send_signal(number)
         errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 1
+    assert process.returncode == 128 + number
     [folder] = checkpoints(tmp_path / "out")
     step = int(folder.name.removeprefix("step-"))
     assert f"error: stopped by a signal after step {step}, all is saved: go on with --resume" in errors
