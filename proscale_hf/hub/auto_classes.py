@@ -1,14 +1,13 @@
 """Makes `AutoConfig`, `AutoModel...`, `AutoImageProcessor` and pipelines find the classes of this package.
 
-`import proscale_hf` should stay light, so nothing is registered before transformers' own module for it is imported, and
-then right after. A model's class is loaded when it is first read from transformers' mapping, since transformers' base
-classes import torchvision. Image processors are loaded at once: transformers' module for them imports torchvision
-anyway.
+`import proscale_hf` should stay light, so nothing is registered before transformers' own module for it is imported.
+It happens right after that, and again if that module is reloaded. A model's class is loaded when it is first read from
+transformers' mapping, since transformers' base classes import torchvision. Image processors are loaded at once:
+transformers' module for them imports torchvision anyway.
 """
 
 import importlib
 import importlib.abc
-import importlib.util
 import sys
 from collections import UserDict
 from collections.abc import Callable
@@ -27,8 +26,7 @@ def register_with_auto_classes() -> None:
     for family in FAMILIES.values():
         configuration = family.module("configuration")
         after_import(configuration, lambda _, family=family: register_configuration(family))
-        # whichever of the two comes first brings the other along
-        after_import(f"{AUTO_MODULES}.configuration_auto", lambda _, name=configuration: importlib.import_module(name))
+        after_import(f"{AUTO_MODULES}.configuration_auto", lambda _, family=family: bring_configuration(family))
         after_import(f"{AUTO_MODULES}.modeling_auto", lambda auto, family=family: register_models(family, auto))
         after_import(
             f"{AUTO_MODULES}.image_processing_auto", lambda auto, family=family: register_image_processors(family, auto)
@@ -40,6 +38,13 @@ def register_configuration(family: Family) -> None:
     from transformers import AutoConfig
 
     AutoConfig.register(family.model_type, family.config_class, exist_ok=True)
+
+
+def bring_configuration(family: Family) -> None:
+    """Import the configuration. One that is being imported is registered afterwards, one that was before, now again."""
+    module = importlib.import_module(family.module("configuration"))
+    if hasattr(module, f"{family.class_prefix}Config"):
+        register_configuration(family)
 
 
 def register_models(family: Family, auto_module: ModuleType) -> None:
@@ -94,40 +99,39 @@ class ClassesLoadedWhenRead(UserDict):
 
 
 def after_import(name: str, function: Callable[[ModuleType], Any]) -> None:
-    """Call a function with a module: now if the module is imported already, or else right after its first import."""
+    """Call a function with a module: now if the module is imported already, and after each import and reload."""
+    finder = next((finder for finder in sys.meta_path if isinstance(finder, AfterImport) and finder.name == name), None)
+    if finder is None:
+        finder = AfterImport(name)
+        sys.meta_path.insert(0, finder)
+    finder.functions.append(function)
     if name in sys.modules:
         function(sys.modules[name])
-        return
-    for finder in sys.meta_path:
-        if isinstance(finder, AfterImport) and finder.name == name:
-            finder.functions.append(function)
-            return
-    sys.meta_path.insert(0, AfterImport(name, function))
 
 
 class AfterImport(importlib.abc.MetaPathFinder):
-    """Calls functions with a module, right after the module was imported for the first time.
+    """Calls `functions` with a module, each time after its code has run.
 
     Args:
         name: of the module.
-        function: the first one to call.
     """
 
-    def __init__(self, name: str, function: Callable[[ModuleType], Any]):
+    def __init__(self, name: str):
         self.name = name
-        self.functions = [function]
+        self.functions: list[Callable[[ModuleType], Any]] = []
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != self.name:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        execute = spec.loader.exec_module
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        if spec is not None:
+            execute = spec.loader.exec_module
 
-        def execute_and_call(module: ModuleType) -> None:
-            execute(module)
-            for function in self.functions:
-                function(module)
+            def execute_and_call(module: ModuleType) -> None:
+                execute(module)
+                for function in self.functions:
+                    function(module)
 
-        spec.loader.exec_module = execute_and_call
+            spec.loader.exec_module = execute_and_call
         return spec

@@ -136,6 +136,36 @@ print(model_class.__name__)
     assert run(code) == ["ProScaleMask2FormerForUniversalSegmentation"]
 
 
+@pytest.mark.parametrize("first", ["", "import transformers.models.auto.modeling_auto"])
+def test_registration_survives_a_reload_of_transformers_modules(first):
+    code = f"""
+import importlib
+{first}
+import proscale_hf
+from transformers.models.auto import configuration_auto, modeling_auto
+for module in (modeling_auto, configuration_auto, modeling_auto, modeling_auto):
+    importlib.reload(module)
+    config = configuration_auto.AutoConfig.for_model("proscale_mask2former")
+    model_class = modeling_auto.AutoModelForUniversalSegmentation._model_mapping[type(config)]
+    assert model_class is proscale_hf.ProScaleMask2FormerForUniversalSegmentation
+print(model_class.__name__)
+"""
+    assert run(code) == ["ProScaleMask2FormerForUniversalSegmentation"]
+
+
+def test_image_processors_survive_a_reload(tmp_path):
+    pytest.importorskip("torchvision")
+    code = f"""
+import importlib
+import proscale_hf
+from transformers.models.auto import image_processing_auto
+proscale_hf.ProScaleMask2FormerImageProcessorPil().save_pretrained({str(tmp_path)!r})
+importlib.reload(image_processing_auto)
+print(type(image_processing_auto.AutoImageProcessor.from_pretrained({str(tmp_path)!r})).__name__)
+"""
+    assert run(code) == ["ProScaleMask2FormerImageProcessor"]
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_table_has_the_right_names(model_type):
     family = FAMILIES[model_type]
