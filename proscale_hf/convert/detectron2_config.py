@@ -94,6 +94,7 @@ DEFAULTS: dict[str, Any] = {
     "MODEL.SWIN.QKV_BIAS": True,
     "MODEL.SWIN.QK_SCALE": None,
     "MODEL.SWIN.WINDOW_SIZE": 7,
+    "TEST.DETECTIONS_PER_IMAGE": 100,
 }
 OPTIONAL = {"MODEL.PROSCALE.IS_EXCITE_CONV"}  # may also be None, or empty, which stands for None
 
@@ -418,4 +419,5 @@ def image_processor_settings(config: Detectron2Config) -> dict[str, Any]:
         "size": {"shortest_edge": shortest_edge, "longest_edge": config["INPUT.MAX_SIZE_TEST"]},
         "size_divisor": size_divisor if size_divisor > 0 else 32,
         "ignore_index": config["MODEL.SEM_SEG_HEAD.IGNORE_VALUE"],
+        "top_k": config["TEST.DETECTIONS_PER_IMAGE"],
     }

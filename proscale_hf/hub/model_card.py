@@ -145,14 +145,8 @@ def _settings(image_processor: Any) -> Mapping[str, Any]:
 
 def _things(config: PreTrainedConfig, settings: Mapping[str, Any]) -> dict[int, bool | None]:
     """For each label, whether it is a thing (countable) or stuff; None if nobody says."""
-    stuff = settings.get("label_ids_to_fuse")
-    things = {}
-    for label_id in sorted(config.id2label):
-        flag = (config.category(label_id) or {}).get("isthing")
-        if flag is None and stuff:
-            flag = label_id not in stuff
-        things[label_id] = None if flag is None else bool(flag)
-    return things
+    stuff = config.stuff_label_ids(settings.get("label_ids_to_fuse") or None)
+    return {label_id: None if stuff is None else label_id not in stuff for label_id in sorted(config.id2label)}
 
 
 def _tasks(things: Mapping[int, bool | None]) -> list[str]:

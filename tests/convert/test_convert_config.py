@@ -105,7 +105,10 @@ MODEL:
         "size": {"shortest_edge": 640, "longest_edge": 2560},
         "size_divisor": 32,
         "ignore_index": 255,
+        "top_k": 100,
     }
+    fewer = config(tmp_path, text + "\nTEST: {DETECTIONS_PER_IMAGE: 30}")
+    assert image_processor_settings(fewer)["top_k"] == 30
     blue_first = image_processor_settings(config(tmp_path, text.replace("RGB", "BGR")))
     assert (blue_first["image_mean"], blue_first["image_std"]) == ([0.6, 0.4, 0.2], [1.0, 0.2, 0.1])
 
@@ -176,6 +179,7 @@ def test_every_published_model(tmp_path, entry):
         "size": {"shortest_edge": entry.sizes[0], "longest_edge": entry.sizes[1]},
         "size_divisor": 32,
         "ignore_index": folder.ignore,
+        "top_k": 100,
     }
 
 
