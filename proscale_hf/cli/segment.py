@@ -110,10 +110,12 @@ def segment_image(image: Any, model: Any, processor: Any, task: str, top_k: int 
     names, stuff = model.config.id2label, set(model.config.stuff_label_ids(processor.label_ids_to_fuse))
     if task == "semantic":
         return segments_from_label_map(processor.post_process_semantic_segmentation(outputs, **sizes)[0], names, stuff)
+    options = {"label_ids_to_fuse": stuff, **sizes}
     if task == "instance":
-        result = processor.post_process_instance_segmentation(outputs, return_binary_maps=True, top_k=top_k, **sizes)[0]
+        options |= {"top_k": top_k, "return_binary_maps": True}
+        result = processor.post_process_instance_segmentation(outputs, **options)[0]
     else:
-        result = processor.post_process_panoptic_segmentation(outputs, **sizes)[0]
+        result = processor.post_process_panoptic_segmentation(outputs, **options)[0]
     return segments_from_result(result, names, stuff)
 
 

@@ -96,7 +96,8 @@ class TestSegment:
     @pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
     def test_the_data_sets_own_ids_and_colors(self, photo, model_copy, task):
         categories = [{"id": 10 * label_id, "name": f"LABEL_{label_id}"} for label_id in range(4)]
-        categories[1] = {"id": 184, "name": "tree-merged", "isthing": 0, "color": [1, 250, 35]}
+        is_thing = int(task == "instance")  # stuff has no instances
+        categories[1] = {"id": 184, "name": "tree-merged", "isthing": is_thing, "color": [1, 250, 35]}
         names = {label_id: category["name"] for label_id, category in enumerate(categories)}
         change_config(model_copy, categories=categories, id2label=names)
         arguments = ["--model", str(model_copy), "--task", task, "--output", "o.png", "--json", "s.json"]
@@ -113,6 +114,25 @@ class TestSegment:
         segments = json.loads(Path("s.json").read_text())["segments"]
         assert segments and all(segment["category_id"] is None for segment in segments)
         assert not (np.array(Image.open("o.png")) == (1, 250, 35)).all(axis=-1).any()
+
+    def test_stuff_is_what_the_models_labels_say(self, photo, model_copy):
+        """And not what the image processor's list, which is that of other labels perhaps."""
+        names = {label_id: f"LABEL_{label_id}" for label_id in range(4)}
+        for is_thing in (0, 1):
+            categories = [{"id": i, "name": name, "isthing": is_thing} for i, name in names.items()]
+            change_config(model_copy, categories=categories, id2label=names)
+            arguments = ["--model", str(model_copy), "--task", "instance", "--json", "s.json"]
+            assert main(["segment", photo, *arguments]) == 0
+            segments = json.loads(Path("s.json").read_text())["segments"]
+            assert bool(segments) == is_thing and all(segment["isthing"] for segment in segments)
+
+    def test_top_k(self, photo, saved_model):
+        found = []
+        for options in ([], ["--top-k", "2"], ["--top-k", "1"]):
+            arguments = ["--model", str(saved_model), "--task", "instance", "--json", "s.json", *options]
+            assert main(["segment", photo, *arguments]) == 0
+            found.append(json.loads(Path("s.json").read_text())["segments"])
+        assert len(found[0]) > 2 and [len(segments) for segments in found[1:]] == [2, 1]
 
     def test_same_photo_same_files(self, photo, saved_model):
         for name in ("a", "b"):

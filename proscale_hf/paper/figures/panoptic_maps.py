@@ -32,7 +32,7 @@ def find_panoptic_segments(model: Any, image_processor: Any, image: Image.Image)
     outputs = Observation(model, image_processor, image).outputs
     sizes = [(image.height, image.width)]
     stuff = model.config.stuff_label_ids(image_processor.label_ids_to_fuse)
-    result = image_processor.post_process_panoptic_segmentation(outputs, target_sizes=sizes)[0]
+    result = image_processor.post_process_panoptic_segmentation(outputs, target_sizes=sizes, label_ids_to_fuse=stuff)[0]
     return segments_from_result(result, model.config.id2label, stuff)
 
 
