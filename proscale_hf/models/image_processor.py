@@ -26,13 +26,14 @@ from transformers.image_utils import (
     SizeDict,
 )
 from transformers.processing_utils import ImagesKwargs
-from transformers.utils import requires_backends
+from transformers.utils import IMAGE_PROCESSOR_NAME, requires_backends
 
 from proscale_hf.hub.card_mark import CARD_NAME
 from proscale_hf.hub.code import reference, write_code
 from proscale_hf.hub.upload import HubRepository, split_hub_arguments
 from proscale_hf.models.installed import renew_card, resolved
 from proscale_hf.processing.pixels import read_pixels
+from proscale_hf.processing.settings import SettingsError, check_settings
 from proscale_hf.processing.sizes import ImageSizes, pixel_mask, sizes_in_batch
 
 
@@ -77,7 +78,9 @@ class ImageProcessorMixin:
     model_input_names = ["pixel_values", "pixel_mask"]  # noqa: RUF012
 
     def __init__(self, **kwargs: Any):
-        super().__init__(**self._translate_old_names(kwargs))
+        kwargs = self._translate_old_names(kwargs)
+        check_settings(kwargs)
+        super().__init__(**kwargs)
 
     @staticmethod
     def backends() -> tuple[type, type]:
@@ -86,9 +89,16 @@ class ImageProcessorMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "ImageProcessorMixin":
-        """As in transformers, and also by the short name of a published model, see `names.py`."""
+        """As in transformers, and also by the short name of a published model, see `names.py`.
+
+        Raises:
+            `ValueError`: a saved setting has a value that is not possible; one line that names it and the file.
+        """
         with resolved(pretrained_model_name_or_path) as source:
-            return super().from_pretrained(source, **kwargs)
+            try:
+                return super().from_pretrained(source, **kwargs)
+            except SettingsError as error:
+                raise SettingsError(f"{IMAGE_PROCESSOR_NAME} of {source}: {error}") from error
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoImageProcessor") -> None:
@@ -150,7 +160,9 @@ class ImageProcessorMixin:
         Raises:
             `ValueError`: one line that names the image at fault.
         """
-        return super().preprocess(images, *annotations, **self._translate_old_names(kwargs))
+        kwargs = self._translate_old_names(kwargs)
+        check_settings(kwargs)
+        return super().preprocess(images, *annotations, **kwargs)
 
     def _translate_old_names(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Understand `max_size`, which older configurations and scripts still use."""
