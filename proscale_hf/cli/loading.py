@@ -30,6 +30,7 @@ def load_model(name: str | None) -> tuple[Any, Any]:
     """
     import torch
 
+    from proscale_hf.files.memory import is_out_of_memory
     from proscale_hf.hub.auto_classes import image_processor_class
     from proscale_hf.hub.names import resolve
     from proscale_hf.models.mask2former.modeling_proscale_mask2former import ProScaleMask2FormerForUniversalSegmentation
@@ -55,6 +56,8 @@ def load_model(name: str | None) -> tuple[Any, Any]:
     except CommandError:
         raise
     except Exception as error:  # damaged files, no network, no such repository: each library has its own types
+        if is_out_of_memory(error):
+            raise
         raise CommandError(_explain(source, is_folder, error)) from error
 
     # What did not fit was initialised at random: such a model would run, and give nonsense.
@@ -104,11 +107,10 @@ def _check_folder(folder: Path) -> None:
 def _explain(source: str, is_folder: bool, error: Exception) -> str:
     from safetensors import SafetensorError
 
-    from proscale_hf.files.text import one_line
     from proscale_hf.hub.errors import explain
     from proscale_hf.hub.names import NotOnTheHubError
 
-    reason = one_line(error)[:300].rstrip(".")
+    reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
     if isinstance(error, SafetensorError):
         return f"the weights file in {source} is damaged or incomplete ({reason}); copy or download it again"
     if isinstance(error, NotOnTheHubError):
@@ -124,6 +126,7 @@ def load_config(name: str) -> Any:
     Raises:
         CommandError: there is none of that name.
     """
+    from proscale_hf.files.reading import open_file
     from proscale_hf.files.text import one_line
     from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
     from proscale_hf.models.mask2former.presets import is_preset
@@ -134,6 +137,9 @@ def load_config(name: str) -> Any:
             return ProScaleMask2FormerConfig.from_preset(name)
         if name == "demo":
             name = str(DEMO_MODEL)
+    if Path(name).exists() and not Path(name).is_dir():
+        with user_errors(), open_file(name, "configuration"):
+            pass  # it is no pipe, which transformers would wait for
     try:
         config = ProScaleMask2FormerConfig.from_pretrained(name)
     except Exception as error:  # damaged files, no network, no such repository: each library has its own types

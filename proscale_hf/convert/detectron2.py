@@ -28,6 +28,7 @@ from proscale_hf.convert.rename import IMAGE_CONVOLUTION, rename_state_dict
 from proscale_hf.convert.safe_pickle import load_checkpoint
 from proscale_hf.convert.verification import compare_with_recorded, report_on_image
 from proscale_hf.data.categories import load_categories
+from proscale_hf.files.reading import reading
 from proscale_hf.hub.auto_classes import image_processor_class
 from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
 from proscale_hf.models.mask2former.modeling_proscale_mask2former import ProScaleMask2FormerForUniversalSegmentation
@@ -76,23 +77,21 @@ def convert_checkpoint(
         del settings["num_labels"]
     if settings["encoder"] == "proscale" and not backbone_only:
         settings["weights_license"] = PROSCALE_WEIGHTS_LICENSE
-    try:
+    stuff_ids = [label for label, category in enumerate(categories or ()) if not category.get("isthing", 1)]
+    with reading(config_path, "describes no possible model", ConversionError):
+        image_processor = image_processor_class()(label_ids_to_fuse=stuff_ids, **processor_settings)
         model_config = ProScaleMask2FormerConfig(**settings)
-    except ValueError as error:
-        raise ConversionError(f"{config_path} describes no possible model: {error}") from error
+        expected = expected_tensors(model_config)
 
     tensors = to_float32(load_checkpoint(checkpoint_path))
     if backbone_only:
         check_training_conditions(tensors, config)
     rename = rename_backbone if backbone_only else rename_state_dict
-    state = rename(tensors, expected_tensors(model_config))
+    state = rename(tensors, expected)
     del tensors  # so that tensors that are cut in parts can be freed one by one
     if reads_bgr(config):
         state.update({name: state[name].flip(1) for name in state if IMAGE_CONVOLUTION.fullmatch(name)})
-    model = build_model(model_config, state)
-
-    stuff_ids = [label for label, category in enumerate(categories or ()) if not category.get("isthing", 1)]
-    return model, image_processor_class()(label_ids_to_fuse=stuff_ids, **processor_settings)
+    return build_model(model_config, state), image_processor
 
 
 def known_categories(config: Detectron2Config) -> list[dict[str, Any]] | None:

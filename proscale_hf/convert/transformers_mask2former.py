@@ -39,9 +39,12 @@ from proscale_hf.convert.model_building import build_model, expected_tensors
 from proscale_hf.convert.options import add_output_options, given_categories
 from proscale_hf.convert.output import check_output, check_shard_size, write_model_folder
 from proscale_hf.data.categories import CATEGORY_SETS, load_categories
-from proscale_hf.encoders.configuration import TOKEN_RECALIBRATIONS
+from proscale_hf.encoders.configuration import TOKEN_RECALIBRATIONS, check_extent
+from proscale_hf.files.memory import is_out_of_memory
+from proscale_hf.files.reading import reading
 from proscale_hf.hub.auto_classes import image_processor_class
 from proscale_hf.hub.errors import explain
+from proscale_hf.models.base import check_parameters
 from proscale_hf.models.mask2former.configuration_proscale_mask2former import (
     PIXEL_EMBEDDINGS,
     ProScaleMask2FormerConfig,
@@ -146,12 +149,10 @@ def convert_model(
     if source.processor_settings is None:
         notes.append("The model came without image processor settings; these are the defaults.")
     labels = _label_settings(source.config, categories, notes)
-    try:
+    with reading(model, "cannot be converted with these settings", ConversionError, _one_line):
         config = ProScaleMask2FormerConfig(**_model_settings(source.config, notes) | labels | settings)
-    except (ValueError, TypeError) as error:
-        raise ConversionError(f"{model} cannot be converted with these settings: {_one_line(error)}") from error
+        expected = expected_tensors(config)
 
-    expected = expected_tensors(config)
     state, in_part, left_out = _take_over(source.state, expected, config.num_attention_heads)
     source.state.clear()
     taken = [name for name in state if name not in in_part]
@@ -197,12 +198,17 @@ def load_source(name: str) -> Source:
                 f"{name} has no {SAFE_WEIGHTS_NAME}. Weights in pickles (.bin) are not read; load them with "
                 "transformers, if you trust them, and save them again by `save_pretrained`."
             )
+        check_extent(values)
+        with torch.device("meta"):
+            check_parameters(Mask2FormerForUniversalSegmentation(Mask2FormerConfig.from_dict(values)))
         model, report = Mask2FormerForUniversalSegmentation.from_pretrained(
             name, use_safetensors=True, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
         )
     except ConversionError:
         raise
     except Exception as error:  # damaged files, no network, no such repository: each library has its own types
+        if is_out_of_memory(error):
+            raise
         why = _one_line(error) if is_folder else explain(error)
         raise ConversionError(f"{name} cannot be loaded: {why.rstrip('.')}.") from error
     unusable = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
@@ -219,7 +225,7 @@ def _processor_settings(name: str) -> dict[str, Any] | None:
         if not _has_file(name, IMAGE_PROCESSOR_NAME):
             return None
         return Mask2FormerImageProcessorPil.get_image_processor_dict(name)[0]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:
         raise ConversionError(f"{IMAGE_PROCESSOR_NAME} of {name} cannot be read: {_one_line(error)}.") from error
 
 
@@ -312,10 +318,8 @@ def _take_over(
 def _image_processor(settings: Mapping[str, Any], categories: Sequence[Mapping[str, Any]] | None) -> BaseImageProcessor:
     stuff = [label for label, category in enumerate(categories or ()) if not category.get("isthing", 1)]
     carried = {name: settings[name] for name in PROCESSOR_SETTINGS if settings.get(name) is not None}
-    try:
+    with reading(IMAGE_PROCESSOR_NAME, "has impossible settings", ConversionError, _one_line):
         return image_processor_class()(label_ids_to_fuse=stuff, **carried)
-    except (ValueError, TypeError) as error:
-        raise ConversionError(f"{IMAGE_PROCESSOR_NAME} has impossible settings: {_one_line(error)}.") from error
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import ModelOutput
 
 from proscale_hf.convert import ConversionError
+from proscale_hf.files.reading import read_bytes, reading
 from proscale_hf.files.text import one_line
 from proscale_hf.models.mask2former.modeling_proscale_mask2former import ProScaleMask2FormerForUniversalSegmentation
 from proscale_hf.processing.pictures import load_image
@@ -39,6 +39,7 @@ STAGE = re.compile(
     r"backbone\.res\d+|multi_scale_features\.\d+|mask_features|(aux\.\d+\.)?(class|masks)_queries_logits"
 )
 MAP = re.compile(r"(panoptic_seg|sem_seg_argmax|instance_masks)_\d+")
+LARGEST_FACTS = 2**24  # bytes
 NO_LABELS: Mapping[int, int] = MappingProxyType({})
 MAP_TOLERANCE = 1e-3  # share of pixels: a pixel at an edge may fall to either side
 
@@ -225,10 +226,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _read_recorded(path: Path) -> dict[str, Tensor]:
-    try:
+    with reading(path, "is no complete safetensors file", ConversionError):
         recorded = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ConversionError(f"{path} is no complete safetensors file: {one_line(error)}.") from error
     pixel_values = recorded.get("pixel_values")
     if pixel_values is None:
         raise ConversionError(f"{path} has no pixel_values, which are the input of the other tensors.")
@@ -248,10 +247,8 @@ def _read_recorded(path: Path) -> dict[str, Tensor]:
 def _read_facts(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} is no valid JSON: {one_line(error)}.") from error
+    with reading(path, "is no valid JSON", ConversionError):
+        return json.loads(read_bytes(path, LARGEST_FACTS))
 
 
 def _stages(output: ModelOutput) -> dict[str, Tensor]:
@@ -331,7 +328,7 @@ def _compare_maps(
                 yield from _compare_instances(i, instances[i], recorded)
     except ConversionError:
         raise
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except Exception as error:  # whatever a wrong value leads to
         raise ConversionError(
             f"The maps of {path} cannot be compared: {path.with_suffix('.json').name} must have sizes, thresholds and "
             f"labels for them ({type(error).__name__}: {one_line(error)})."

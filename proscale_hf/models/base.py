@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import CommitInfo
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -21,6 +22,22 @@ from proscale_hf.models.installed import resolved, write_card
 
 
 MOST_PARAMETERS = 10**10  # the largest models of this kind have 2 * 10**8
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Refuse a model that is far too large, as a file may ask for, before anything is allocated.
+
+    Args:
+        model: on the meta device, as in `from_pretrained`. On another device, it is there already.
+
+    Raises:
+        ValueError: the model has too many parameters.
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.is_meta)
+    if parameters > MOST_PARAMETERS:
+        raise ValueError(
+            f"The configuration asks for {parameters:,} parameters; at most {MOST_PARAMETERS:,} are possible."
+        )
 
 
 class IsRemoteCode:
@@ -55,18 +72,9 @@ class ProScalePreTrainedModel(PreTrainedModel):
         raise NotImplementedError
 
     def post_init(self) -> None:
-        """As in transformers. `_no_split_modules` keeps the layers that this model has, since FSDP wants all.
-
-        Raises:
-            ValueError: the model is too large. It is on the meta device, as in `from_pretrained`, so nothing is
-                allocated yet.
-        """
+        """As in transformers. `_no_split_modules` keeps the layers that this model has, since FSDP wants all."""
         super().post_init()
-        parameters = sum(parameter.numel() for parameter in self.parameters() if parameter.is_meta)
-        if parameters > MOST_PARAMETERS:
-            raise ValueError(
-                f"The configuration asks for {parameters:,} parameters; at most {MOST_PARAMETERS:,} are possible."
-            )
+        check_parameters(self)
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     @classmethod

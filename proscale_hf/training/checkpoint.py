@@ -17,7 +17,6 @@ The rules are the same for all:
 
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ except ImportError as error:
     raise ImportError('training needs accelerate: pip install "proscale-hf[train]"') from error
 
 from proscale_hf.files.folders import flush, folder_replaced_whole, unfinished_folder
+from proscale_hf.files.memory import is_out_of_memory
 from proscale_hf.files.text import one_line
 
 
@@ -45,17 +45,6 @@ PREFIX = "checkpoints/step-"  # of the plain loop
 PROGRESS = "progress.json"
 AVERAGE = "average.safetensors"
 AVERAGE_0_1 = "ema.pt"  # the name that the plain loop of version 0.1 gave it
-UNREADABLE = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    RuntimeError,
-    SafetensorError,
-    pickle.UnpicklingError,
-    yaml.YAMLError,
-)
 
 
 class CheckpointError(ValueError):
@@ -71,6 +60,8 @@ def saving(place: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         guess = " (is the disk full?)" if isinstance(error, RuntimeError) else ""  # PyTorch does not pass on the reason
         raise CheckpointError(
             f"cannot write {place}: {one_line(error)}{guess}; what was saved before is whole"
@@ -82,9 +73,9 @@ def reading(folder: str | Path) -> Iterator[None]:
     """Turns what libraries raise over a checkpoint that is damaged or another model's into a `CheckpointError`."""
     try:
         yield
-    except torch.OutOfMemoryError:  # a `RuntimeError`, but not the checkpoint's fault
-        raise
-    except UNREADABLE as error:
+    except Exception as error:
+        if is_out_of_memory(error):  # which is not the checkpoint's fault
+            raise
         raise CheckpointError(
             f"cannot resume from {folder}: {one_line(error)}; if it is damaged, delete it to go on from the one before"
         ) from error

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
@@ -17,6 +16,7 @@ from proscale_hf.data.collate import TrainingTransform, TransformedDataset
 from proscale_hf.data.dataset import SegmentationDataset
 from proscale_hf.data.opening import open_dataset
 from proscale_hf.evaluation.agreement import choose_tasks
+from proscale_hf.files.memory import is_out_of_memory
 from proscale_hf.files.text import one_line
 from proscale_hf.hub.auto_classes import image_processor_class
 from proscale_hf.hub.names import resolved
@@ -239,7 +239,9 @@ def _one_line_errors(what: str) -> Iterator[None]:
         yield
     except RecipeError:
         raise
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise RecipeError(f"{what}: {one_line(error)}") from error
 
 
