@@ -5,12 +5,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from proscale_hf.data.sample import SampleError, distinct_values
-from proscale_hf.files.text import few, one_line
+from proscale_hf.files.reading import FileError
+from proscale_hf.files.text import few
+from proscale_hf.processing.picture_files import opened_picture
 from proscale_hf.processing.pictures import load_image
-from proscale_hf.processing.pixels import read_pixels
 from proscale_hf.processing.segment_ids import VOID_ID
 
 
@@ -36,29 +37,20 @@ def path_inside(folder: str | Path, name: str) -> Path:
     return Path(folder, *parts)
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(path: str | Path | bytes, name: str | None = None) -> Image.Image:
     """A picture as upright 8-bit RGB, see `load_image`.
+
+    Args:
+        path: an image file, or its content.
+        name: what messages call it; by default the path.
 
     Raises:
         SampleError: it cannot be read.
     """
     try:
-        return load_image(path)
+        return load_image(path, name)
     except ValueError as error:
         raise SampleError(str(error)) from error
-
-
-def rgb_picture(picture: Image.Image, name: str) -> Image.Image:
-    """A picture that was read by someone else as 8-bit RGB, the way `load_image` makes it.
-
-    Raises:
-        SampleError: it cannot be brought to RGB.
-    """
-    try:
-        pixels = read_pixels(picture, 3, None, name=name)  # (channels, height, width)
-    except ValueError as error:
-        raise SampleError(str(error)) from error
-    return Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)))
 
 
 def read_value_map(path: str | Path) -> np.ndarray:
@@ -94,22 +86,21 @@ def color_ids_of(picture: Image.Image, name: str) -> np.ndarray:
     return (codes & 0xFFFFFF).astype(np.int32)
 
 
-def open_map(path: str | Path) -> Image.Image:
+def open_map(path: str | Path | bytes, name: str | None = None) -> Image.Image:
     """A picture of ids as it is in the file.
+
+    Args:
+        path: an image file, or its content.
+        name: what messages call it; by default the path.
 
     Raises:
         SampleError: it cannot be read.
     """
-    if not Path(path).is_file():
-        raise SampleError(f"there is no file {path}; check the path.")
     try:
-        with Image.open(path) as picture:
-            picture.load()
+        with opened_picture(path, name, holds_ids=True) as picture:
             return picture
-    except UnidentifiedImageError:
-        raise SampleError(f"{path} cannot be read (it is no picture); copy or download it again.") from None
-    except Exception as error:  # what Pillow's decoders raise on damaged data depends on the format
-        raise SampleError(f"{path} cannot be read ({one_line(error)}); copy or download it again.") from error
+    except FileError as error:
+        raise SampleError(str(error)) from error
 
 
 def shown_segments(segments: list[dict[str, Any]], segment_map: np.ndarray) -> list[dict[str, Any]]:

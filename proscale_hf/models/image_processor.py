@@ -60,8 +60,8 @@ class ImageProcessorMixin:
     `_labels`.
 
     Images: PIL images of any mode, paths, URLs, arrays and tensors. An EXIF orientation is applied (sizes of targets
-    and labels are those of the upright image), transparency is laid over white, 16-bit values are brought to 8 bits,
-    and grey becomes RGB.
+    and labels are those of the upright image), transparency is laid over white, and grey becomes RGB. Values become
+    0 to 255 by the rule of `processing/value_range.py`, before `rescale_factor` is applied.
     """
 
     resample = PILImageResampling.BILINEAR
@@ -280,12 +280,20 @@ def _flat_list(images: Any) -> list:
 
 
 def _read(
-    images: list, *, do_convert_rgb: bool | None, image_mean: Any, input_data_format: Any, **_: Any
+    images: list,
+    *,
+    do_convert_rgb: bool | None,
+    do_rescale: bool | None,
+    rescale_factor: float,
+    image_mean: Any,
+    input_data_format: Any,
+    **_: Any,
 ) -> list[np.ndarray]:
     """Each image as (channels, height, width); with `do_convert_rgb` of as many channels as `image_mean` has."""
     channels = None
     if do_convert_rgb:
         channels = len(image_mean) if isinstance(image_mean, Sequence) else 3
+    factor = rescale_factor if do_rescale else None
     return [
-        read_pixels(image, channels, input_data_format, name=f"image {index}") for index, image in enumerate(images)
+        read_pixels(image, channels, input_data_format, f"image {index}", factor) for index, image in enumerate(images)
     ]

@@ -52,8 +52,8 @@ class SegmentationImageProcessorMixin(ImageProcessorMixin):
     Makes a padded batch of images, with masks as labels, and panoptic, semantic and instance maps of a model's outputs.
 
     Images: PIL images of any mode, paths, URLs, arrays and tensors. An EXIF orientation is applied (sizes in
-    `target_sizes` and of labels are those of the upright image), transparency is laid over white, 16-bit
-    values are brought to 8 bits, and grey becomes RGB.
+    `target_sizes` and of labels are those of the upright image), transparency is laid over white, and grey becomes RGB.
+    Values become 0 to 255 by the rule of `processing/value_range.py`, before `rescale_factor` is applied.
     """
 
     ignore_index = 255

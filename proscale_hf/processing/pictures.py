@@ -1,15 +1,14 @@
 """Image files: photographs are read as 8-bit RGB, and pictures are written."""
 
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from proscale_hf.files.text import one_line
 from proscale_hf.files.whole import write_whole
-from proscale_hf.processing.pixels import read_pixels
+from proscale_hf.processing.picture_files import opened_picture
+from proscale_hf.processing.pixels import upright_pixels
 
 
 PICTURE_FORMATS = {
@@ -23,46 +22,33 @@ PICTURE_FORMATS = {
 }
 
 
-def load_image(path: str | os.PathLike) -> Image.Image:
+def load_image(path: str | os.PathLike | bytes, name: str | None = None) -> Image.Image:
     """Read an image file as an upright 8-bit RGB picture.
 
-    The EXIF orientation is applied, transparency is laid over white, 16-bit values are brought to 8 bits,
-    and an animation gives its first frame.
+    An animation gives its first frame. `pixels.py` says what becomes of transparency, `value_range.py` what becomes of
+    values that are not of 8 bits.
 
     Args:
-        path: an image file in any format that Pillow reads.
+        path: an image file in one of the formats of `picture_files.py`, or its content.
+        name: what messages call it; by default the path.
 
     Returns:
         The picture, mode "RGB".
 
     Raises:
-        ValueError: the file is missing, damaged or no image, or has too many pixels; the message is one line that
-            says what to do.
+        ValueError: the file is missing, damaged or no such image, or has too many pixels; the message is one line that
+            names the file and says what to do.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give one image file")
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}; check the path")
-    try:
-        if path.stat().st_size == 0:
-            raise ValueError(f"{path} is empty (0 bytes); copy or download it again")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd metadata, say; only unreadable pixels matter
-            with Image.open(path) as image:
-                image.load()
-                pixels = read_pixels(image, 3, None, name=str(path))  # (channels, height, width)
-                return Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)))
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is not an image that Pillow can read; give a PNG, JPEG, WebP or TIFF file") from None
-    except Image.DecompressionBombError:
-        limit = 2 * Image.MAX_IMAGE_PIXELS // 1_000_000
-        raise ValueError(f"{path} has more than {limit} million pixels; make it smaller first") from None
-    except PermissionError:
-        raise ValueError(f"{path} may not be read; check its permissions") from None
-    except (OSError, SyntaxError, EOFError, IndexError, OverflowError, ArithmeticError) as error:
-        # Each of Pillow's decoders raises other types on damaged data.
-        raise ValueError(f"{path} is damaged ({one_line(error)}); copy or download it again") from error
+    with opened_picture(path, name) as image:
+        pixels = upright_pixels(image, 3)  # (channels, height, width)
+    return rgb_image(pixels)
+
+
+def rgb_image(pixels: np.ndarray) -> Image.Image:
+    """The picture of `(3, height, width)` values from 0 to 255; floats are rounded."""
+    if pixels.dtype != np.uint8:
+        pixels = pixels.round().clip(0, 255).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)))
 
 
 def check_picture_name(path: str | os.PathLike) -> None:

@@ -237,7 +237,9 @@ class TestBadPhotos:
             except ValueError as error:
                 assert "\n" not in str(error)
 
-    @pytest.mark.parametrize(("path", "hint"), [("missing.png", "no file"), (".", "folder"), ("/dev/null", "no file")])
+    @pytest.mark.parametrize(
+        ("path", "hint"), [("missing.png", "no file"), (".", "folder"), ("/dev/null", "regular file")]
+    )
     def test_no_file(self, photo, saved_model, capsys, path, hint):
         assert hint in fails(capsys, ["segment", path, "--model", saved_model, "--output", "o.png"])
 

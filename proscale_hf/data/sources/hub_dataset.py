@@ -6,18 +6,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-from PIL import Image
+from datasets.utils.file_utils import is_local_path, xopen
+from PIL import Image, ImageOps
 
 from proscale_hf.data.dataset import SegmentationSource, choose_categories
 from proscale_hf.data.reading import (
     color_ids_of,
     label_finder,
-    rgb_picture,
+    open_map,
+    read_image,
     segments_from_values,
     shown_segments,
     values_of,
 )
 from proscale_hf.data.sample import Sample, SampleError, distinct_values
+from proscale_hf.files.reading import reading
 from proscale_hf.files.text import few, one_line
 from proscale_hf.processing.run_length import encode_mask
 
@@ -86,6 +89,7 @@ class HubDataset(SegmentationSource):
         for column in (self.image_column, self.annotation_column):
             if not isinstance(features[column], datasets.Image):
                 raise ValueError(f"Column {column} of {self.path} must hold images, but is {features[column]}.")
+            table = table.cast_column(column, datasets.Image(decode=False))  # files are opened with care here
         return table.select_columns(columns)
 
     def files(self) -> list[str]:
@@ -98,18 +102,18 @@ class HubDataset(SegmentationSource):
 
     def read(self, row: dict[str, Any]) -> Sample:
         name = row["image"]
-        try:
-            entry = self.table[row["index"]]
-        except Exception as error:  # what Pillow's decoders raise on damaged data depends on the format
-            raise SampleError(f"{name}: a picture cannot be read ({one_line(error)}).") from error
+        entry = self.table[row["index"]]
         if entry[self.image_column] is None or entry[self.annotation_column] is None:
             raise SampleError(f"{name}: there is no image or no annotation.")
+        image_name, map_name = f"{name}, {self.image_column}", f"{name}, {self.annotation_column}"
+        picture = open_map(_file_of(entry[self.annotation_column], map_name), map_name)
+        picture = ImageOps.exif_transpose(picture)  # as `datasets` does
         read_form = {"semantic": self._semantic, "instance": self._instance, "panoptic": self._panoptic}[self.form]
         return Sample(
-            image=rgb_picture(entry[self.image_column], name),
+            image=read_image(_file_of(entry[self.image_column], image_name), image_name),
             image_id=row["image_id"],
             file_name=name,
-            **read_form(entry[self.annotation_column], entry, f"{name}, {self.annotation_column}"),
+            **read_form(picture, entry, map_name),
         )
 
     def _semantic(self, picture: Image.Image, _: dict[str, Any], name: str) -> dict[str, Any]:
@@ -155,6 +159,19 @@ class HubDataset(SegmentationSource):
         if unknown := set(category_ids) - set(label_of):
             raise SampleError(f"{name}: ids {few(unknown)} are not among the {len(label_of)} categories.")
         return [label_of[category_id] for category_id in category_ids]
+
+
+def _file_of(entry: dict[str, Any], name: str) -> str | bytes:
+    """The content of an image file, or where it lies on this disk."""
+    content, path = entry["bytes"], entry["path"]
+    if content is not None:
+        return content
+    if path is None:
+        raise SampleError(f"{name} has neither bytes nor a path.")
+    if is_local_path(path):
+        return path
+    with reading(path, error_type=SampleError), xopen(path, "rb") as file:
+        return file.read()
 
 
 def _load_table(path: str, split: str, configuration: str | None, revision: str | None) -> datasets.Dataset:

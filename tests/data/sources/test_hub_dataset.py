@@ -109,7 +109,7 @@ def test_a_picture_that_is_damaged(tmp_path, categories):
     )
     made.save_to_disk(tmp_path / "data")
     options = {"path": tmp_path / "data", "split": "train", "categories": categories}
-    with pytest.raises(SampleError, match="data, row 1: a picture cannot be read"):
+    with pytest.raises(SampleError, match="data, row 1, image cannot be read"):
         open_dataset("hub", **options)[1]
     skipping = open_dataset("hub", **options, on_error="skip")
     assert skipping[1].image_id == 0 and len(skipping.skipped) == 1

@@ -146,7 +146,7 @@ def raw(backend, image, **settings):
         (np.full((2, 3, 3), 77.0), 77),
         (np.full((2, 3, 3), 77 * 257, np.uint16), 77),
         (np.full((2, 3, 4), [77, 77, 77, 255], np.uint8), 77),
-        (np.full((2, 3, 4), [77, 77, 77, 0], np.uint8), 255),
+        (np.full((2, 3, 4), [77, 77, 77, 0], np.uint8), 77),
         (np.full((2, 3), True), 255),
         (torch.full((3, 2, 3), 77, dtype=torch.uint8), 77),
         (torch.full((3, 2, 3), 77, dtype=torch.bfloat16), 77),
