@@ -18,6 +18,7 @@ Where the facts come from:
 """
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,6 +95,47 @@ def read_categories(path: str | Path) -> list[dict[str, Any]]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return [{key: category[key] for key in KEYS if key in category} for category in categories]
+
+
+def names_by_id(categories: Iterable[Any]) -> dict[int, str]:
+    """The names of those entries that have an id and a name; others are not for this function to refuse."""
+    pairs = [(entry.get("id"), entry.get("name")) for entry in categories if isinstance(entry, dict)]
+    return {entry_id: name for entry_id, name in pairs if type(entry_id) is int and isinstance(name, str)}
+
+
+def check_names(
+    categories: Sequence[Mapping[str, Any]], own_names: Mapping[int, str], source: str, is_known_set: bool = False
+) -> None:
+    """
+    Refuse categories that call an id something else than the data set itself does.
+
+    Args:
+        categories: of somebody's choice.
+        own_names: the data set's own, by id; there may be none.
+        source: where those are, for messages.
+        is_known_set: the categories are one of `CATEGORY_SETS`. Their names may be others, as a window is a windowpane
+            elsewhere, if most are the same and none belongs to another id.
+
+    Raises:
+        ValueError: a name contradicts; one line.
+    """
+    names = {category["id"]: category["name"] for category in categories}
+    shared = [category_id for category_id in names if category_id in own_names]
+    wrong = [i for i in shared if _plain(names[i]) != _plain(own_names[i])]
+    if is_known_set and 2 * len(wrong) <= len(shared):
+        known, own = ({_plain(name) for name in some.values()} for some in (names, own_names))
+        wrong = [i for i in wrong if _plain(names[i]) in own or _plain(own_names[i]) in known]
+    if wrong:
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"The option categories calls id {wrong[0]} {names[wrong[0]]!r}, but {source} calls it "
+            f"{own_names[wrong[0]]!r}{more}: give categories with the ids and names of the annotations."
+        )
+
+
+def _plain(name: str) -> str:
+    """A name without its synonyms, capitals and ways to join words."""
+    return " ".join(name.partition(",")[0].casefold().replace("_", " ").replace("-", " ").split())
 
 
 def _as_categories(content: Any) -> Any:

@@ -31,7 +31,7 @@ the list of images depends on. For pictures in `images/` and, under the same nam
 import os
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,8 +42,9 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from transformers.utils import logging
 
-from proscale_hf.data.categories import CATEGORY_SETS, load_categories, read_categories
+from proscale_hf.data.categories import CATEGORY_SETS, check_names, load_categories, read_categories
 from proscale_hf.data.sample import Sample, SampleError
+from proscale_hf.files.reading import FileError
 from proscale_hf.files.text import few, one_line
 from proscale_hf.processing.categories import check_categories
 from proscale_hf.version import __version__
@@ -78,6 +79,10 @@ class SegmentationSource(ABC):
         Raises:
             ValueError: what is wrong with the data set, in one line.
         """
+
+    def says_empty(self, row: dict[str, Any]) -> bool:
+        """Whether a row tells, without reading its files, that there is no object to train on."""
+        return False
 
     @abstractmethod
     def read(self, row: dict[str, Any]) -> Sample:
@@ -205,7 +210,9 @@ def cached_rows(make_rows: Callable[[], Iterable[dict[str, Any]]], fingerprint: 
                 f"The {name} cannot be kept in {datasets.config.HF_DATASETS_CACHE} ({one_line(cause)}); "
                 "set HF_DATASETS_CACHE to a folder that can be written."
             ) from error
-        raise cause from None
+        if type(cause) is ValueError or isinstance(cause, FileError | SampleError):
+            raise cause from None
+        raise ValueError(f"The {name} cannot be made: {one_line(cause)}.") from error
 
 
 def file_states(paths: Iterable[str | Path]) -> Sequence[tuple[str, int, int]]:
@@ -224,23 +231,31 @@ def file_states(paths: Iterable[str | Path]) -> Sequence[tuple[str, int, int]]:
     return states
 
 
-def choose_categories(given: str | Path | list[dict[str, Any]]) -> list[dict[str, Any]]:
+def choose_categories(
+    given: str | Path | list[dict[str, Any]], own_names: Mapping[int, str] | None = None, source: str = ""
+) -> list[dict[str, Any]]:
     """Categories that an option names, complete.
 
     Args:
         given: a name of `CATEGORY_SETS`, a file that `read_categories` takes, or the list itself.
+        own_names: what the data set itself calls the ids, if it does.
+        source: where it does, for messages.
 
     Raises:
-        ValueError: there is no such set or file, or it does not say what it should.
+        ValueError: there is no such set or file, it does not say what it should, or contradicts the data set.
     """
-    if isinstance(given, list):
-        return complete_categories(given)
-    if given in CATEGORY_SETS:
-        return load_categories(given)
-    try:
-        return complete_categories(read_categories(given))
-    except ValueError as error:
-        raise ValueError(f"{error} Category sets by name: {', '.join(CATEGORY_SETS)}.") from error
+    is_known_set = not isinstance(given, list) and given in CATEGORY_SETS
+    if is_known_set:
+        categories = load_categories(given)
+    elif isinstance(given, list):
+        categories = complete_categories(given)
+    else:
+        try:
+            categories = complete_categories(read_categories(given))
+        except ValueError as error:
+            raise ValueError(f"{error} Category sets by name: {', '.join(CATEGORY_SETS)}.") from error
+    check_names(categories, own_names or {}, source, is_known_set)
+    return categories
 
 
 def complete_categories(categories: list[dict[str, Any]]) -> list[dict[str, Any]]:

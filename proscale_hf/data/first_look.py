@@ -82,7 +82,9 @@ class FirstLook:
     def to_text(self) -> str:
         """A report for the terminal."""
         lines = [self._images_line()]
-        if self.empty:
+        if self.empty and self.empty == self.images:
+            lines.append("There is nothing to train on: no image has an object. Crowds and void are no objects.")
+        elif self.empty:
             lines.append(f"{self.empty} with nothing to train on: {_listed(self.empty_files, self.empty)}")
         if self.unusable:
             lines += [f"{self.unusable} cannot be used:", *(f"  {error}" for error in self.errors)]

@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from proscale_hf.data.sample import SampleError, distinct_values
 from proscale_hf.files.reading import FileError
@@ -18,6 +18,7 @@ from proscale_hf.processing.segment_ids import VOID_ID
 VALUE_MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # Pillow's single-channel pictures of whole numbers
 COLOR_MODES = ("RGB", "RGBA")
 VOID_VALUES = (0, 255)
+LONGEST_NAME = 200  # characters of a name in a message
 
 
 def path_inside(folder: str | Path, name: str) -> Path:
@@ -33,7 +34,8 @@ def path_inside(folder: str | Path, name: str) -> Path:
     path = PurePosixPath(name if isinstance(name, str) else "")
     parts = path.parts
     if not parts or path.is_absolute() or ".." in parts or "\\" in name or ":" in parts[0] or "\0" in name:
-        raise ValueError(f"{name!r} is not the name of a file inside {folder}.")
+        shown = name[:LONGEST_NAME] if isinstance(name, str) else name
+        raise ValueError(f"{shown!r} is not the name of a file inside {folder}.")
     return Path(folder, *parts)
 
 
@@ -86,19 +88,20 @@ def color_ids_of(picture: Image.Image, name: str) -> np.ndarray:
     return (codes & 0xFFFFFF).astype(np.int32)
 
 
-def open_map(path: str | Path | bytes, name: str | None = None) -> Image.Image:
+def open_map(path: str | Path | bytes, name: str | None = None, upright: bool = False) -> Image.Image:
     """A picture of ids as it is in the file.
 
     Args:
         path: an image file, or its content.
         name: what messages call it; by default the path.
+        upright: turn it as an EXIF orientation says.
 
     Raises:
         SampleError: it cannot be read.
     """
     try:
         with opened_picture(path, name, holds_ids=True) as picture:
-            return picture
+            return ImageOps.exif_transpose(picture) if upright else picture
     except FileError as error:
         raise SampleError(str(error)) from error
 

@@ -4,6 +4,7 @@ The segments are held as a map of ids where no two overlap (panoptic and semanti
 object (instance data).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from PIL import Image
 from proscale_hf.files.text import few
 from proscale_hf.processing.packed_masks import number_of_planes, pack_segment_map
 from proscale_hf.processing.segment_ids import VOID_ID
+
+
+LARGEST_PLANES = 2**33  # bytes of the packed masks of an image
 
 
 class SampleError(ValueError):
@@ -60,15 +64,7 @@ class Sample:
             self._check_masks()
 
     def _check_size(self, size: tuple[int, ...]) -> None:
-        image_size = (self.image.height, self.image.width)
-        if tuple(size) == image_size:
-            return
-        message = f"{self.file_name}: the image is {_times(image_size)} (height x width), its annotation {_times(size)}"
-        if tuple(size) == image_size[::-1]:
-            message += (
-                "; if the image has an EXIF tag that turns it, either turn the annotation, too, or remove the tag"
-            )
-        raise SampleError(f"{message}.")
+        check_size(size, (self.image.height, self.image.width), self.file_name)
 
     def _check_ids(self, listed: set[int]) -> None:
         in_map = set(distinct_values(self.segment_map).tolist()) - {VOID_ID}
@@ -84,13 +80,31 @@ class Sample:
         for mask in self.masks:
             self._check_size(mask["size"])
 
+    def has_object(self) -> bool:
+        """Whether there is a segment with pixels that is no crowd."""
+        shown = [index for index, segment in enumerate(self.segments) if not segment["iscrowd"]]
+        if self.masks is None:
+            return bool(shown)
+        from pycocotools import mask as coco_mask  # optional: only instance data needs it
+
+        return any(coco_mask.area(self.masks[index]) for index in shown)
+
     def packed_masks(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The objects to train on: all segments but crowds, which become void, and those without a pixel.
 
         Returns:
             planes `(ceil((objects + 1) / 8), height, width)` uint8, see `packed_masks.py`, and the objects' classes
             `(objects,)` int64.
+
+        Raises:
+            SampleError: the planes would be larger than `LARGEST_PLANES`.
         """
+        size = number_of_planes(len(self.segments)) * self.image.height * self.image.width
+        if size > LARGEST_PLANES:
+            raise SampleError(
+                f"{self.file_name}: {len(self.segments)} objects on {self.image.height} x {self.image.width} pixels "
+                f"need {size / 2**30:.0f} GB; make the image smaller, or cut it into tiles."
+            )
         return self._pack_masks() if self.segment_map is None else self._pack_segment_map()
 
     def _pack_segment_map(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,6 +139,24 @@ class Sample:
         labels = np.array([void, *(segment["label_id"] for segment in self.segments)], dtype=np.int32)
         order = np.argsort(ids)
         return labels[order][np.searchsorted(ids[order], self.segment_map)]
+
+
+def check_size(size: Sequence[int], image_size: tuple[int, int], name: str) -> None:
+    """
+    Args:
+        size: (height, width) of an annotation.
+        image_size: (height, width) of the image as it was read.
+        name: of the image, for messages.
+
+    Raises:
+        SampleError: they differ.
+    """
+    if tuple(size) == tuple(image_size):
+        return
+    message = f"{name}: the image is {_times(image_size)} (height x width), its annotation {_times(size)}"
+    if tuple(size) == tuple(image_size)[::-1]:
+        message += "; if the image has an EXIF tag that turns it, either turn the annotation, too, or remove the tag"
+    raise SampleError(f"{message}.")
 
 
 def _labels_of(segments: list[dict[str, Any]]) -> torch.Tensor:

@@ -4,6 +4,7 @@ A label mask is uint8: 1 = object, 0 = not, `VOID_VALUE` = unknown. Matching and
 resized by nearest neighbour before masks are made of them, so there is never a float for each mask and pixel.
 """
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from proscale_hf.files.text import few
 from proscale_hf.processing.packed_masks import VOID_VALUE
+from proscale_hf.processing.segment_ids import crowd_flag
 from proscale_hf.processing.sizes import ImageSizes, Size
 
 
@@ -114,7 +116,9 @@ def labels_from_id_map(
         if rules.do_reduce_labels:
             void_ids.append(0)
     else:
-        classes = {int(key): int(label) for key, label in instance_id_to_semantic_id.items()}
+        classes = {
+            whole_number(key, "id"): whole_number(label, "class") for key, label in instance_id_to_semantic_id.items()
+        }
         if rules.do_reduce_labels:
             classes.setdefault(0, 0)
         unknown = [value for value in ids if value not in classes]
@@ -144,12 +148,16 @@ def labels_from_coco_panoptic(
     """
     missing = [segment for segment in segments_info if not {"id", "category_id"} <= segment.keys()]
     if missing:
-        raise ValueError(f'each dict of `segments_info` needs "id" and "category_id", got {missing[0]}')
+        raise ValueError(f'each dict of `segments_info` needs "id" and "category_id", got {reprlib.repr(missing[0])}')
     red, green, blue = np.moveaxis(panoptic_map.astype(np.int32), -1, 0)
     id_map = red + 256 * green + 256**2 * blue
-    void_ids = [0, *(segment["id"] for segment in segments_info if segment.get("iscrowd"))]
+    ids = [whole_number(segment["id"], "id") for segment in segments_info]
+    crowds = [id_ for id_, segment in zip(ids, segments_info, strict=True) if crowd_flag(segment.get("iscrowd", 0))]
+    void_ids = [0, *crowds]
     classes = {
-        int(segment["id"]): int(segment["category_id"]) for segment in segments_info if segment["id"] not in void_ids
+        id_: whole_number(segment["category_id"], "category_id")
+        for id_, segment in zip(ids, segments_info, strict=True)
+        if id_ not in void_ids
     }
     unknown = sorted({*np.unique(id_map).tolist()} - {*classes, *void_ids})
     if unknown:
@@ -179,7 +187,8 @@ def labels_from_instance_masks(
         raise ValueError(f"got {len(instance_masks)} instance masks, but {len(class_labels)} `class_labels` for them")
     if instance_masks.size and not (instance_masks.min() >= 0 and instance_masks.max() <= 1):
         raise ValueError(f"instance masks must hold 0 and 1 only, got values up to {instance_masks.max()}")
-    classes = _checked_classes({index: int(label) for index, label in enumerate(class_labels)}, rules)
+    labels = {index: whole_number(label, "class_labels") for index, label in enumerate(class_labels)}
+    classes = _checked_classes(labels, rules)
     resized = {index: resize_nearest(instance_masks[index], sizes.resized) for index in classes}
     kept = [index for index, mask in resized.items() if mask.any()]
     height, width = sizes.resized
@@ -187,6 +196,21 @@ def labels_from_instance_masks(
     for mask, index in zip(masks, kept, strict=True):
         mask[:height, :width] = resized[index]
     return masks, np.array([classes[index] for index in kept], dtype=np.int64)
+
+
+def whole_number(value: Any, name: str) -> int:
+    """An id or a class, which nothing is cut off from.
+
+    Raises:
+        ValueError: it is no whole number; the message says its `name`.
+    """
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or number != value:
+        raise ValueError(f"`{name}` must be a whole number, got {reprlib.repr(value)}")
+    return number
 
 
 def resize_nearest(image: np.ndarray, size: Size) -> np.ndarray:

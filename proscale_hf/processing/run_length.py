@@ -15,6 +15,9 @@ except ImportError:  # without it codes are not compressed
     coco_mask = None
 
 
+MOST_GROUPS = 7  # of five bits in a number: more than any number of pixels needs
+
+
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     """The code of a mask, compressed if pycocotools is installed.
 
@@ -53,7 +56,7 @@ def decompress_counts(counts: str) -> list[int]:
     before the last.
 
     Raises:
-        ValueError: the text is no such code.
+        ValueError: the text is no such code, or has a number of more than 35 bits.
     """
     lengths: list[int] = []
     value = shift = 0
@@ -63,6 +66,8 @@ def decompress_counts(counts: str) -> list[int]:
             raise ValueError("a compressed run-length code has characters that do not belong there")
         value |= (bits & 31) << shift
         shift += 5
+        if shift > 5 * MOST_GROUPS:
+            raise ValueError("a compressed run-length code has a number that is larger than any image")
         if not bits & 32:
             if bits & 16:
                 value -= 1 << shift

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from proscale_hf.data.augmentation import build_augmentation
 from proscale_hf.data.collate import TrainingTransform, TransformedDataset
 from proscale_hf.data.dataset import SegmentationDataset
+from proscale_hf.data.objects import check_objects
 from proscale_hf.data.opening import open_dataset
 from proscale_hf.evaluation.agreement import choose_tasks
 from proscale_hf.files.memory import is_out_of_memory
@@ -41,11 +42,13 @@ def load_datasets(recipe: Recipe) -> tuple[SegmentationDataset, SegmentationData
         Training and validation images; None where the recipe has no validation.
 
     Raises:
-        ValueError: data are missing or wrong, the two have other classes, or the recipe's tasks cannot be evaluated.
+        ValueError: data are missing or wrong, there is no object to train on, the two have other classes, or the
+            recipe's tasks cannot be evaluated.
     """
     if recipe.data.train is None:
         raise RecipeError("the recipe does not say what to train on: give data.train, with name and root")
     train = open_dataset(**recipe.data.train, on_error=recipe.data.on_error)
+    check_objects(train)
     if recipe.data.validation is None:
         return train, None
     validation = open_dataset(**recipe.data.validation, on_error=recipe.data.on_error)

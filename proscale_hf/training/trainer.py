@@ -18,6 +18,7 @@ except ImportError as error:
     raise ImportError('training needs accelerate: pip install "proscale-hf[train]"') from error
 
 from proscale_hf.data.collate import collate
+from proscale_hf.data.objects import check_objects
 from proscale_hf.evaluation.agreement import choose_tasks
 from proscale_hf.evaluation.evaluator import evaluate
 from proscale_hf.training.checkpoint import (
@@ -111,7 +112,9 @@ class SegmentationTrainer(Trainer):
 
         Raises:
             CheckpointError: the checkpoint to resume from is damaged or another model's, or one cannot be written.
+            ValueError: the data set has no object to train on.
         """
+        check_objects(self.train_dataset)
         if resume_from_checkpoint is True and (found := checkpoints(Path(self.args.output_dir), PREFIX)):
             resume_from_checkpoint = str(found[-1])
         self.resumes_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None

@@ -38,7 +38,10 @@ def test_decompressed_counts_are_the_lengths_of_runs():
         assert decompress_counts(encode_mask(mask)["counts"]) == run_lengths(mask)
 
 
-@pytest.mark.parametrize(("counts", "message"), [("0 0", "characters"), ("00\x7f", "characters"), ("0P", "breaks off")])
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [("0 0", "characters"), ("00\x7f", "characters"), ("0P", "breaks off"), ("o" * 8, "larger than any image")],
+)
 def test_damaged_counts_are_refused(counts, message):
     with pytest.raises(ValueError, match=message):
         decompress_counts(counts)

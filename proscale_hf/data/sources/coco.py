@@ -5,7 +5,6 @@ and `segment_maps` name other places.
 """
 
 import json
-import math
 import mmap
 import reprlib
 from array import array
@@ -19,7 +18,7 @@ import numpy as np
 from datasets.fingerprint import Hasher
 from transformers.utils import logging
 
-from proscale_hf.data.categories import load_categories
+from proscale_hf.data.categories import load_categories, names_by_id
 from proscale_hf.data.dataset import (
     SegmentationSource,
     cached_rows,
@@ -28,13 +27,15 @@ from proscale_hf.data.dataset import (
     file_states,
 )
 from proscale_hf.data.reading import path_inside, read_color_map, read_image, shown_segments
-from proscale_hf.data.sample import Sample
+from proscale_hf.data.sample import Sample, check_size
 from proscale_hf.data.sources.json_arrays import read_array
+from proscale_hf.data.sources.polygons import polygons_of
+from proscale_hf.processing.segment_ids import crowd_flag
 
 
 logger = logging.get_logger(__name__)
 
-MIN_COORDINATES = 6  # of a polygon: three points
+LARGEST_NUMBER = 2**53  # what every reader of JSON holds exactly
 
 
 class CocoPanoptic(SegmentationSource):
@@ -50,8 +51,8 @@ class CocoPanoptic(SegmentationSource):
         images: folder of images, instead of the one in `root`.
         annotations: JSON file, instead of the one in `root`.
         segment_maps: folder of pictures of ids, instead of the one in `root`.
-        categories: a name of `CATEGORY_SETS`, or a file that `read_categories` takes. Default: those in the JSON, in
-            its order; where they are COCO's own, or missing, COCO's with the things first.
+        categories: a name of `CATEGORY_SETS`, or a file that `read_categories` takes; they must not contradict those in
+            the JSON. Default: those in the JSON, in its order; where they are COCO's own, COCO's with the things first.
 
     Raises:
         ValueError: files are not there, or the categories are not right; one line.
@@ -80,6 +81,7 @@ class CocoPanoptic(SegmentationSource):
     def rows(self) -> Iterator[dict[str, Any]]:
         image_names = _image_entries(self.annotations)
         labels = _Labels(self.annotations, self.categories)
+        annotation = None
         for annotation, _, _ in read_array(self.annotations, "annotations"):
             image_id = _take(annotation, "image_id", (int, str), f"an annotation in {self.annotations}")
             if image_id not in image_names:
@@ -89,7 +91,7 @@ class CocoPanoptic(SegmentationSource):
                 {
                     "id": _take(segment, "id", int, f"a segment of {owner}"),
                     "label_id": labels.of(_take(segment, "category_id", int, f"a segment of {owner}"), image_id),
-                    "iscrowd": int(bool(segment.get("iscrowd", 0))),
+                    "iscrowd": _crowd_flag(segment, f"a segment of {owner}"),
                 }
                 for segment in _take(annotation, "segments_info", list, owner)
             ]
@@ -100,6 +102,11 @@ class CocoPanoptic(SegmentationSource):
                 "segments": json.dumps(segments),
             }
         labels.check()
+        if annotation is None:
+            raise ValueError(f'{self.annotations}: there is no annotation, since its array "annotations" is empty.')
+
+    def says_empty(self, row: dict[str, Any]) -> bool:
+        return _says_empty(row)
 
     def read(self, row: dict[str, Any]) -> Sample:
         segment_map = read_color_map(row["annotation"])
@@ -148,7 +155,7 @@ class CocoInstance(SegmentationSource):
     def rows(self) -> Iterator[dict[str, Any]]:
         images = _image_entries(self.annotations)
         labels = _Labels(self.annotations, self.categories)
-        shapeless = 0
+        shapeless = dropped = 0
         for image_id, annotations in _annotations_by_image(self.annotations, list(images)):
             image = images[image_id]
             owner = f"image {image_id} in {self.annotations}"
@@ -159,6 +166,7 @@ class CocoInstance(SegmentationSource):
             shaped = [segment for segment in segments if segment["segmentation"]]
             shapeless += len(segments) - len(shaped)
             if self.drop_empty and all(segment["iscrowd"] for segment in shaped):
+                dropped += 1
                 continue
             yield {
                 "image_id": image_id,
@@ -168,8 +176,13 @@ class CocoInstance(SegmentationSource):
                 "segments": json.dumps(shaped),
             }
         labels.check()
+        if dropped == len(images):
+            raise ValueError(f"{self.annotations}: no image has an object that is no crowd; drop_empty leaves none.")
         if shapeless:
             logger.warning(f"{self.annotations}: {shapeless} objects have no polygon of three points; left out.")
+
+    def says_empty(self, row: dict[str, Any]) -> bool:
+        return _says_empty(row)
 
     def read(self, row: dict[str, Any]) -> Sample:
         image = read_image(row["image"])
@@ -177,14 +190,22 @@ class CocoInstance(SegmentationSource):
         return Sample(image, row["image_id"], row["image"], segments, masks=masks)
 
     def read_masks(self, row: dict[str, Any], image_size: tuple[int, int]) -> tuple[list[dict], list[dict]]:
-        """`segments` and `masks` of a `Sample`, without its image. The size counts where the JSON says none."""
+        """`segments` and `masks` of a `Sample`, without its image.
+
+        Args:
+            row: of the image.
+            image_size: (height, width) of the image as it was read. The JSON may say none, but no other.
+
+        Raises:
+            SampleError: it says another, or a shape cannot be used.
+        """
         # Only this needs pycocotools; panoptic data does without.
         from proscale_hf.data.sources.shapes import run_length_code
 
-        size = (row["height"] or image_size[0], row["width"] or image_size[1])
+        check_size((row["height"] or image_size[0], row["width"] or image_size[1]), image_size, row["image"])
         segments, masks = [], []
         for number, segment in enumerate(json.loads(row["segments"]), start=1):
-            mask, area = run_length_code(segment.pop("segmentation"), size, f"{row['image']}: object {number}")
+            mask, area = run_length_code(segment.pop("segmentation"), image_size, f"{row['image']}: object {number}")
             masks.append(mask)
             segments.append({"id": number, **segment, "area": area if segment["area"] is None else segment["area"]})
         return segments, masks
@@ -202,12 +223,15 @@ def _locate(option: str, given: str | Path | None, root: str | Path | None, spli
 
 
 def _coco_categories(annotations: Path, given: str | Path | None, known_name: str) -> list[dict[str, Any]]:
-    if given is not None:
-        return choose_categories(given)
     # They often stand at the end of a large file, so they are kept in the cache, too.
-    fingerprint = Hasher.hash(("categories", file_states([annotations])))
-    rows = cached_rows(partial(_category_rows, annotations), fingerprint, f"list of categories in {annotations}")
-    categories = [json.loads(row["category"]) for row in rows]
+    fingerprint = Hasher.hash(("categories", file_states([annotations]), given is None))
+    make_rows = partial(_category_rows, annotations, given is None)
+    rows = cached_rows(make_rows, fingerprint, f"list of categories in {annotations}")
+    categories = json.loads(rows[0]["categories"])
+    if given is not None:
+        return choose_categories(given, names_by_id(categories), str(annotations))
+    if not categories:
+        raise ValueError(f"The list of categories in {annotations} is empty.")
     known = load_categories(known_name)
     if {(entry.get("id"), entry.get("name")) for entry in categories} == {(c["id"], c["name"]) for c in known}:
         return known
@@ -219,9 +243,9 @@ def _coco_categories(annotations: Path, given: str | Path | None, known_name: st
         raise ValueError(f"{annotations}: {error}") from error
 
 
-def _category_rows(annotations: Path) -> Iterator[dict[str, str]]:
-    for category, _, _ in read_array(annotations, "categories"):
-        yield {"category": json.dumps(category)}
+def _category_rows(annotations: Path, are_needed: bool) -> Iterator[dict[str, str]]:
+    categories = [category for category, _, _ in read_array(annotations, "categories", is_needed=are_needed)]
+    yield {"categories": json.dumps(categories)}
 
 
 def _image_entries(annotations: Path) -> dict[int | str, dict[str, Any]]:
@@ -289,16 +313,32 @@ class _Labels:
 def _instance_segment(annotation: dict[str, Any], labels: _Labels, image_id: int | str, owner: str) -> dict[str, Any]:
     shape = _take(annotation, "segmentation", (list, dict), owner)
     if isinstance(shape, list):
-        if not all(isinstance(polygon, list) for polygon in shape):
-            raise ValueError(f'"segmentation" in {owner} must be a list of polygons, each [x, y, x, y, ...].')
-        shape = [polygon for polygon in shape if len(polygon) >= MIN_COORDINATES]
-    area = annotation.get("area")
+        try:
+            shape = polygons_of(shape)
+        except ValueError as error:
+            raise ValueError(f'"segmentation" in {owner} {error}.') from error
     return {
         "label_id": labels.of(_take(annotation, "category_id", int, owner), image_id),
-        "iscrowd": int(bool(annotation.get("iscrowd", 0))),
-        "area": float(area) if isinstance(area, int | float) and math.isfinite(area) else None,
+        "iscrowd": _crowd_flag(annotation, owner),
+        "area": _area(annotation.get("area")),
         "segmentation": shape,
     }
+
+
+def _crowd_flag(segment: dict[str, Any], owner: str) -> int:
+    try:
+        return crowd_flag(segment.get("iscrowd", 0))
+    except ValueError as error:
+        raise ValueError(f"{owner}: {error}.") from error
+
+
+def _area(value: Any) -> float | None:
+    """An area as it is annotated; None where it is no number that can be used."""
+    return float(value) if type(value) in (int, float) and 0 <= value <= LARGEST_NUMBER else None
+
+
+def _says_empty(row: dict[str, Any]) -> bool:
+    return all(segment["iscrowd"] for segment in json.loads(row["segments"]))
 
 
 def _path(folder: Path, entry: Any, owner: str) -> str:
@@ -313,6 +353,7 @@ def _path(folder: Path, entry: Any, owner: str) -> str:
 def _take(entry: Any, key: str, kind: type | tuple[type, ...], owner: str) -> Any:
     """A value of a JSON object, if it is of the kind that it must be."""
     value = entry.get(key) if isinstance(entry, dict) else None
-    if not isinstance(value, kind) or isinstance(value, bool):
+    is_right = isinstance(value, kind) and not isinstance(value, bool)
+    if not is_right or (isinstance(value, int) and abs(value) > LARGEST_NUMBER):
         raise ValueError(f'"{key}" of {owner} is missing or wrong: {reprlib.repr(value)}.')
     return value

@@ -1,9 +1,11 @@
 """Own pictures with maps of ids, in a folder, without any JSON but the list of categories."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from proscale_hf.data.categories import names_by_id, read_categories
 from proscale_hf.data.dataset import SegmentationSource, choose_categories
 from proscale_hf.data.reading import color_ids_of, label_finder, open_map, read_image, segments_from_values, values_of
 from proscale_hf.data.sample import Sample
@@ -29,7 +31,8 @@ class ImageFolder(SegmentationSource):
             without; a category is one segment. "instance": category id * 1000 + number of the object, in one channel
             of 16 bits or as red + 256 green + 256^2 blue; equal values are one segment.
         void: values that mean nobody knows. Default: of 0 and 255 those that stand for no category.
-        categories: a name of `CATEGORY_SETS`, or a file that `read_categories` takes; default `root/categories.json`.
+        categories: a name of `CATEGORY_SETS`, or a file that `read_categories` takes; default `root/categories.json`,
+            which they must not contradict if it is there, too.
 
     Raises:
         ValueError: files are not there, or an option is wrong; one line.
@@ -51,7 +54,7 @@ class ImageFolder(SegmentationSource):
         self.form = form
         self.tasks = ("semantic",) if form == "semantic" else SegmentationSource.tasks
         self.void = void
-        self.categories = choose_categories(root / "categories.json" if categories is None else categories)
+        self.categories = _categories(root / "categories.json", categories)
         label_finder(self.categories, void)  # refuses what cannot be void
 
     def files(self) -> list[Path]:
@@ -74,3 +77,14 @@ class ImageFolder(SegmentationSource):
         values = read_ids(picture, row["annotation"])
         segment_map, segments = segments_from_values(values, find_label, row["annotation"])
         return Sample(read_image(row["image"]), row["image_id"], row["image"], segments, segment_map)
+
+
+def _categories(path: Path, given: str | Path | list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    """The categories of a folder, from its own file or an option."""
+    if given is None:
+        return choose_categories(path)
+    own = []
+    if path.is_file():
+        with contextlib.suppress(ValueError):  # an option helps where the file is of no use
+            own = read_categories(path)
+    return choose_categories(given, names_by_id(own), str(path))

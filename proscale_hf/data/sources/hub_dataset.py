@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import datasets
 from datasets.utils.file_utils import is_local_path, xopen
-from PIL import Image, ImageOps
+from PIL import Image
 
 from proscale_hf.data.dataset import SegmentationSource, choose_categories
 from proscale_hf.data.reading import (
@@ -23,6 +23,7 @@ from proscale_hf.data.sample import Sample, SampleError, distinct_values
 from proscale_hf.files.reading import reading
 from proscale_hf.files.text import few, one_line
 from proscale_hf.processing.run_length import encode_mask
+from proscale_hf.processing.segment_ids import crowd_flag
 
 
 FORMS = ("semantic", "instance", "panoptic")
@@ -72,13 +73,13 @@ class HubDataset(SegmentationSource):
     ):
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}.")
-        self.categories = choose_categories(categories)
+        label_finder(choose_categories(categories), void)  # refuses what is wrong before anything is downloaded
         self.tasks = SegmentationSource.tasks if form == "panoptic" else (form,)
         self.path, self.form, self.void, self.reduce_labels = str(path), form, void, reduce_labels
         self.image_column, self.annotation_column, self.id_column = image_column, annotation_column, id_column
         self.segments_column = segments_column if form == "panoptic" else None
-        label_finder(self.categories, void)  # refuses what cannot be void
         self.table = self._needed_columns(_load_table(self.path, split, configuration, revision))
+        self.categories = choose_categories(categories, self._own_names(), f"column {self.segments_column} of {path}")
 
     def _needed_columns(self, table: datasets.Dataset) -> datasets.Dataset:
         features = table.features
@@ -91,6 +92,17 @@ class HubDataset(SegmentationSource):
                 raise ValueError(f"Column {column} of {self.path} must hold images, but is {features[column]}.")
             table = table.cast_column(column, datasets.Image(decode=False))  # files are opened with care here
         return table.select_columns(columns)
+
+    def _own_names(self) -> dict[int, str]:
+        """What the table itself calls the ids of categories, if it does."""
+        feature = self.table.features.get(self.segments_column)
+        while hasattr(feature, "feature") or isinstance(feature, list):  # of a list
+            feature = feature[0] if isinstance(feature, list) else feature.feature
+        kind = feature.get("category_id") if isinstance(feature, dict) else None
+        kind = getattr(kind, "feature", kind)
+        if not isinstance(kind, datasets.ClassLabel):
+            return {}
+        return {value - int(self.reduce_labels): name for value, name in enumerate(kind.names)}
 
     def files(self) -> list[str]:
         return [file["filename"] for file in self.table.cache_files]
@@ -106,8 +118,7 @@ class HubDataset(SegmentationSource):
         if entry[self.image_column] is None or entry[self.annotation_column] is None:
             raise SampleError(f"{name}: there is no image or no annotation.")
         image_name, map_name = f"{name}, {self.image_column}", f"{name}, {self.annotation_column}"
-        picture = open_map(_file_of(entry[self.annotation_column], map_name), map_name)
-        picture = ImageOps.exif_transpose(picture)  # as `datasets` does
+        picture = open_map(_file_of(entry[self.annotation_column], map_name), map_name, upright=True)
         read_form = {"semantic": self._semantic, "instance": self._instance, "panoptic": self._panoptic}[self.form]
         return Sample(
             image=read_image(_file_of(entry[self.image_column], image_name), image_name),
@@ -142,9 +153,11 @@ class HubDataset(SegmentationSource):
         try:
             labels = self._labels([segment["category_id"] for segment in listed], name)
             segments = [
-                {"id": segment["id"], "label_id": label, "iscrowd": int(bool(segment.get("iscrowd", 0)))}
+                {"id": segment["id"], "label_id": label, "iscrowd": crowd_flag(segment.get("iscrowd") or 0)}
                 for segment, label in zip(listed, labels, strict=True)
             ]
+        except ValueError as error:
+            raise SampleError(f"{name}: {error}.") from error
         except (KeyError, TypeError, AttributeError):
             raise SampleError(
                 f'{name}: {self.segments_column} must list segments with "id" and "category_id", got '

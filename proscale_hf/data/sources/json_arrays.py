@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from proscale_hf.files.reading import open_file
+from proscale_hf.files.text import one_line
+
 
 CHUNK = 2**20  # bytes
 SPACE = " \t\r\n"
@@ -19,13 +22,14 @@ class Entry(NamedTuple):
     length: int
 
 
-def read_array(path: str | Path, key: str) -> Iterator[Entry]:
+def read_array(path: str | Path, key: str, is_needed: bool = True) -> Iterator[Entry]:
     """
     The entries of an array at the top level of a JSON object. What stands after the array is not read.
 
     Args:
         path: JSON file, UTF-8.
         key: of the array in the file's outermost object.
+        is_needed: whether a file without such an array is an error.
 
     Yields:
         entries with their places in the file, in bytes.
@@ -33,15 +37,15 @@ def read_array(path: str | Path, key: str) -> Iterator[Entry]:
     Raises:
         ValueError: the file cannot be read, is no JSON object, or has no such array; one line.
     """
-    try:
-        with open(path, "rb") as file:
-            yield from _Reader(file).entries(key)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-    except RecursionError:
-        raise ValueError(f"{path} is no valid JSON: too many brackets inside each other.") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    with open_file(path) as file:
+        try:
+            yield from _Reader(file).entries(key, is_needed)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+        except RecursionError:
+            raise ValueError(f"{path} is no valid JSON: too many brackets inside each other.") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {one_line(error)}") from error
 
 
 class _Reader:
@@ -59,7 +63,7 @@ class _Reader:
         self.at_end = False
         self.decoder = json.JSONDecoder()
 
-    def entries(self, key: str) -> Iterator[Entry]:
+    def entries(self, key: str, is_needed: bool) -> Iterator[Entry]:
         if self._next() != "{":
             raise ValueError("it must be a JSON object, which begins with {.")
         self.position += 1
@@ -76,7 +80,8 @@ class _Reader:
             else:
                 self._value()
             self._separator("}")
-        raise ValueError(f'the file has no array "{key}".')
+        if is_needed:
+            raise ValueError(f'the file has no array "{key}".')
 
     def _array(self) -> Iterator[Entry]:
         self._expect("[")

@@ -174,6 +174,8 @@ def change(path):
         (("categories", 0, "isthing", None), "isthing"),
         (("categories", 1, "name", "class_0"), "occurs 2 times"),
         (("annotations", None), 'no array "annotations"'),
+        (("annotations", []), "there is no annotation"),
+        (("annotations", 0, "segments_info", 0, "iscrowd", "no"), '"iscrowd" must be 0 or 1'),
         (("images", None), 'no array "images"'),
         (("images", 1, "id", 10), "image 10 is listed twice"),
         (("images", 1, "id", "ten"), "ids .* of one kind"),
@@ -340,7 +342,20 @@ def test_polygons_without_three_points_are_left_out(instances):
         ([[1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 4.0]], "odd number"),
         ([[1.0, 1.0, 2.0, 2.0, 3.0, 1e9]], "far out of the image"),
         ([[1.0, 1.0, 2.0, 2.0, 3.0, float("nan")]], "far out of the image"),
-        ([[1.0, 1.0, 2.0, 2.0, 3.0, "x"]], "could not convert"),
+        ([[1.0, 1.0, 2.0, 2.0, 3.0, "x"]], r"must be \[x, y, x, y, ...\], numbers alone"),
+        ([["1", "1", "9", "1", "9", "9"]], r"must be \[x, y, x, y, ...\], numbers alone"),
+        ([[1, 1, 2, 2, 3, True]], "numbers alone"),
+        ([[1, 1, 2, 2, 3, 10**400]], "cannot be used"),
+        ([[-WIDTH, -HEIGHT, 2 * WIDTH, 2 * HEIGHT] * 40_000], "outline of a polygon is longer"),
+        ({"size": [HEIGHT, WIDTH], "counts": [0.5] * (2 * HEIGHT * WIDTH)}, "must be whole numbers"),
+        ({"size": [HEIGHT, WIDTH], "counts": [float(HEIGHT * WIDTH)]}, "must be whole numbers"),
+        ({"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH - 1, True]}, "must be whole numbers"),
+        ({"size": [HEIGHT, WIDTH], "counts": [2**32, HEIGHT * WIDTH - 2**32]}, "do not add up"),
+        ({"size": [HEIGHT, WIDTH], "counts": [[1]]}, "must be whole numbers"),
+        ({"size": [HEIGHT, WIDTH], "counts": "o" * 9}, "larger than any image"),
+        ({"size": [float(HEIGHT), WIDTH], "counts": [HEIGHT * WIDTH]}, "size of a run-length code"),
+        ({"size": [WIDTH, HEIGHT], "counts": [HEIGHT * WIDTH]}, "EXIF"),
+        ({"size": [HEIGHT, WIDTH, 1], "counts": [HEIGHT * WIDTH]}, "size of a run-length code"),
         ({"size": [HEIGHT, WIDTH], "counts": [5, 5]}, "do not add up"),
         ({"size": [HEIGHT, WIDTH], "counts": [-5, HEIGHT * WIDTH + 5]}, "do not add up"),
         ({"size": [HEIGHT, WIDTH], "counts": "52203"}, "do not add up"),
@@ -348,7 +363,7 @@ def test_polygons_without_three_points_are_left_out(instances):
         ({"size": [HEIGHT, WIDTH], "counts": "\x7f"}, "characters"),
         ({"size": [3, 3], "counts": [9]}, "annotation 3 x 3"),
         ({"size": [HEIGHT, WIDTH]}, "a run-length code has no counts"),
-        ({"size": HEIGHT, "counts": [9]}, "not iterable"),
+        ({"size": HEIGHT, "counts": [9]}, "size of a run-length code"),
         ({"size": [HEIGHT, WIDTH], "counts": 9}, "cannot be used"),
     ],
 )
@@ -363,7 +378,18 @@ def test_shapes_that_are_refused(instances, shape, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"segmentation": [1, 2, 3, 4, 5, 6]}, "list of polygons"),
+        ({"segmentation": [1, 2, 3, 4, 5, 6]}, r"list of polygons, each \[x, y, x, y, ...\]"),
+        ({"segmentation": [[1, 1], [5, 5], [9, 2]]}, r"list of polygons, each \[x, y, x, y, ...\]"),
+        ({"segmentation": [{"x": 1, "y": 1}] * 3}, r"list of polygons, each \[x, y, x, y, ...\]"),
+        ({"segmentation": [[[1, 1, 2], [5, 5, 2], [9, 2, 2]]]}, r"polygons \[x, y, x, y, ...\], or pairs"),
+        ({"segmentation": [[[1, 1], [5, 5], 9, 2]]}, r"polygons \[x, y, x, y, ...\], or pairs"),
+        ({"segmentation": [[{"x": 1, "y": 1}] * 3]}, r"polygons \[x, y, x, y, ...\], or pairs"),
+        ({"segmentation": [[[[1, 1], [5, 5], [9, 2]]]]}, r"polygons \[x, y, x, y, ...\], or pairs"),
+        *(
+            ({"iscrowd": value}, r'image 5 in .*instances_val.json: "iscrowd" must be 0 or 1')
+            for value in ("yes", "", 2, -1, 0.5, None, [], {}, float("nan"))
+        ),
+        ({"image_id": 10**30}, '"image_id"'),
         ({"segmentation": None}, r'"segmentation" of an annotation of image 5 in .*instances_val.json is missing'),
         ({"category_id": 77}, r"77 \(1 times\)"),
         ({"image_id": 77}, "image 77"),
@@ -395,6 +421,106 @@ def test_an_image_of_another_size_than_the_json_says(instances):
     for image in content["images"]:
         del image["height"], image["width"]
     assert open_instances(root, content)[0].masks[0]["size"] == [HEIGHT, WIDTH]
+
+
+def test_polygons_of_pairs_are_those_of_numbers(instances):
+    root, content = instances
+    square, hexagon = [[1, 1], [9, 1], [9, 9], [1, 9]], [[20, 5], [25, 5], [28, 10], [25, 15], [20, 15], [17.5, 10]]
+
+    def masks(*polygons):
+        content["annotations"] = [{"image_id": 5, "category_id": 4, "segmentation": list(polygons)}]
+        return open_instances(root, content)[0].masks
+
+    expected = masks(*(np.ravel(polygon).tolist() for polygon in (square, hexagon)))
+    assert masks(square, hexagon) == masks(np.ravel(square).tolist(), hexagon) == expected
+    assert masks(square, [[1, 1], [2, 2]]) == masks(square)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0, 0), (1, 1), (False, 0), (True, 1), ("0", 0), ("1", 1), (1.0, 1)], ids=repr
+)
+def test_crowds_in_all_the_ways_they_are_written(instances, value, expected):
+    root, content = instances
+    shape = [[1, 1, 5, 1, 5, 5, 1, 5]]
+    content["annotations"] = [{"image_id": 5, "category_id": 4, "segmentation": shape, "iscrowd": value}]
+    assert open_instances(root, content)[0].segments[0]["iscrowd"] == expected
+
+
+def test_sizes_in_the_json_are_not_trusted(instances):
+    root, content = instances
+    side = 10**9
+    content["images"][0] |= {"height": side, "width": side}
+    shape = [[0, 0, side - 1, 0, side - 1, side - 1, 0, side - 1]]
+    content["annotations"] = [{"image_id": 5, "category_id": 4, "segmentation": shape}]
+    with pytest.raises(SampleError, match=r"0.png: the image is 30 x 40 .* annotation 1000000000 x 1000000000"):
+        open_instances(root, content)[0]
+    for value in (10**30, -1, 30.0, "30", True):
+        content["images"][0]["height"] = value
+        with pytest.raises(ValueError, match=r"image 5|0\.png"):
+            open_instances(root, content)[0]
+
+
+def test_compressed_codes_are_read_in_linear_time():
+    with pytest.raises(ValueError, match="larger than any image"):
+        decompress_counts("o" * 10_000_000)
+
+
+class TestChosenCategories:
+    @pytest.fixture
+    def opened(self, instances, tmp_path):
+        root, content = instances  # 9 is dög, 4 is cat
+
+        def open_with(*categories, **known):
+            path = tmp_path / "own.json"
+            path.write_text(json.dumps([{"id": i, "name": name, "isthing": 1} for i, name in categories]))
+            return open_instances(root, content, **(known or {"categories": path}))
+
+        return open_with
+
+    def test_order_and_ways_of_writing_are_free(self, opened):
+        dataset = opened((4, "Cat"), (9, "dög, hound"), (2, "cow"))
+        assert [category["name"] for category in dataset.categories] == ["Cat", "dög, hound", "cow"]
+
+    @pytest.mark.parametrize(
+        "categories", [[(9, "cat"), (4, "dög")], [(9, "dög"), (4, "kitten")], [(9, "cow"), (4, "cat")]]
+    )
+    def test_contradictions_are_refused(self, opened, categories):
+        with pytest.raises(ValueError, match=r"The option categories calls id \d .*, but .*val.json calls it '"):
+            opened(*categories)
+
+    def test_known_sets(self, opened, instances):
+        with pytest.raises(ValueError, match=r"calls id 4 'motorcycle', but .* calls it 'cat', and 1 more"):
+            opened(categories="coco_instance")
+        _, content = instances
+        known = load_categories("coco_instance")
+        content["annotations"] = []
+        content["categories"] = [{"id": c["id"], "name": c["name"]} for c in known]
+        content["categories"][3]["name"] = "aeroplane"  # a synonym
+        assert opened(categories="coco_instance").categories == known
+        content["categories"][3]["name"] = "train"  # the name of another
+        with pytest.raises(ValueError, match="calls id"):
+            opened(categories="coco_instance")
+
+    def test_a_json_without_categories_needs_some(self, opened, instances):
+        del instances[1]["categories"]
+        assert len(opened((4, "cat"), (9, "dog")).categories) == 2
+
+
+def test_panoptic_categories_that_contradict(panoptic, tmp_path):
+    root, content = panoptic
+    chosen = json.loads(json.dumps(content["categories"]))
+    chosen[0]["name"], chosen[1]["name"] = chosen[1]["name"], chosen[0]["name"]
+    (tmp_path / "own.json").write_text(json.dumps(chosen))
+    with pytest.raises(ValueError, match=r"calls id .*, and 1 more: give categories"):
+        open_panoptic(root, content, categories=tmp_path / "own.json")
+
+
+def test_nothing_is_left(instances):
+    root, content = instances
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = 1
+    with pytest.raises(ValueError, match="no image has an object that is no crowd"):
+        open_instances(root, content, drop_empty=True)
 
 
 # Large JSON files
