@@ -1,5 +1,6 @@
 """Pictures and id maps from files, checked: what most data sets need to make a `Sample`."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -9,7 +10,7 @@ from PIL import Image, ImageOps
 
 from proscale_hf.data.sample import SampleError, distinct_values
 from proscale_hf.files.reading import FileError
-from proscale_hf.files.text import few
+from proscale_hf.files.text import few, shown
 from proscale_hf.processing.picture_files import opened_picture
 from proscale_hf.processing.pictures import load_image
 from proscale_hf.processing.segment_ids import VOID_ID
@@ -18,7 +19,8 @@ from proscale_hf.processing.segment_ids import VOID_ID
 VALUE_MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # Pillow's single-channel pictures of whole numbers
 COLOR_MODES = ("RGB", "RGBA")
 VOID_VALUES = (0, 255)
-LONGEST_NAME = 200  # characters of a name in a message
+NOT_IN_NAMES = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # of files: control characters, and what is no text
+LONGEST_NAME = 255  # characters of the name of a file or folder
 
 
 def path_inside(folder: str | Path, name: str) -> Path:
@@ -33,9 +35,9 @@ def path_inside(folder: str | Path, name: str) -> Path:
     """
     path = PurePosixPath(name if isinstance(name, str) else "")
     parts = path.parts
-    if not parts or path.is_absolute() or ".." in parts or "\\" in name or ":" in parts[0] or "\0" in name:
-        shown = name[:LONGEST_NAME] if isinstance(name, str) else name
-        raise ValueError(f"{shown!r} is not the name of a file inside {folder}.")
+    leads_out = not parts or path.is_absolute() or ".." in parts or "\\" in name or ":" in parts[0]
+    if leads_out or NOT_IN_NAMES.search(name) or max(map(len, parts)) > LONGEST_NAME:
+        raise ValueError(f"{shown(name)} is not the name of a file inside {folder}.")
     return Path(folder, *parts)
 
 

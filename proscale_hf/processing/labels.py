@@ -4,7 +4,6 @@ A label mask is uint8: 1 = object, 0 = not, `VOID_VALUE` = unknown. Matching and
 resized by nearest neighbour before masks are made of them, so there is never a float for each mask and pixel.
 """
 
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from proscale_hf.files.text import few
+from proscale_hf.files.text import few, shown
 from proscale_hf.processing.packed_masks import VOID_VALUE
 from proscale_hf.processing.segment_ids import crowd_flag
 from proscale_hf.processing.sizes import ImageSizes, Size
@@ -148,7 +147,7 @@ def labels_from_coco_panoptic(
     """
     missing = [segment for segment in segments_info if not {"id", "category_id"} <= segment.keys()]
     if missing:
-        raise ValueError(f'each dict of `segments_info` needs "id" and "category_id", got {reprlib.repr(missing[0])}')
+        raise ValueError(f'each dict of `segments_info` needs "id" and "category_id", got {shown(missing[0])}')
     red, green, blue = np.moveaxis(panoptic_map.astype(np.int32), -1, 0)
     id_map = red + 256 * green + 256**2 * blue
     ids = [whole_number(segment["id"], "id") for segment in segments_info]
@@ -209,7 +208,7 @@ def whole_number(value: Any, name: str) -> int:
     except (TypeError, ValueError, OverflowError):
         number = None
     if number is None or number != value:
-        raise ValueError(f"`{name}` must be a whole number, got {reprlib.repr(value)}")
+        raise ValueError(f"`{name}` must be a whole number, got {shown(value)}")
     return number
 
 

@@ -1,9 +1,10 @@
 """Segments as COCO stores them: a map of ids is a picture whose colours are the ids in base 256; crowds have a flag."""
 
-import reprlib
 from typing import Any
 
 import numpy as np
+
+from proscale_hf.files.text import shown
 
 
 VOID_ID = 0  # pixels of no segment
@@ -31,5 +32,5 @@ def crowd_flag(value: Any) -> int:
         ValueError: it is something else.
     """
     if not isinstance(value, int | float | str | np.bool_ | np.integer) or value not in (0, 1, "0", "1"):
-        raise ValueError(f'"iscrowd" must be 0 or 1, got {reprlib.repr(value)}')
+        raise ValueError(f'"iscrowd" must be 0 or 1, got {shown(value)}')
     return int(value)

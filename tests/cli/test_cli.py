@@ -238,7 +238,7 @@ class TestBadPhotos:
                 assert "\n" not in str(error)
 
     @pytest.mark.parametrize(
-        ("path", "hint"), [("missing.png", "no file"), (".", "folder"), ("/dev/null", "regular file")]
+        ("path", "hint"), [("missing.png", "no file"), (".", "folder"), ("/dev/null", "not a file")]
     )
     def test_no_file(self, photo, saved_model, capsys, path, hint):
         assert hint in fails(capsys, ["segment", path, "--model", saved_model, "--output", "o.png"])

@@ -263,7 +263,21 @@ def test_values_of_the_wrong_type(options, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["../a.png", "/a.png", "//a.png", "b/../../a.png", "c:/a.png", "b\\a.png", "", None, "a\0.png"]
+    "name",
+    [
+        "../a.png",
+        "/a.png",
+        "//a.png",
+        "b/../../a.png",
+        "c:/a.png",
+        "b\\a.png",
+        "",
+        None,
+        "a\0.png",
+        "a\n.png",
+        "\ud800",
+        "a" * 256,
+    ],
 )
 def test_names_that_lead_out_of_their_folder(name):
     with pytest.raises(ValueError, match="inside folder"):

@@ -6,7 +6,6 @@ and `segment_maps` name other places.
 
 import json
 import mmap
-import reprlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,6 +29,8 @@ from proscale_hf.data.reading import path_inside, read_color_map, read_image, sh
 from proscale_hf.data.sample import Sample, check_size
 from proscale_hf.data.sources.json_arrays import read_array
 from proscale_hf.data.sources.polygons import polygons_of
+from proscale_hf.files.text import printable, shown
+from proscale_hf.processing.categories import check_categories
 from proscale_hf.processing.segment_ids import crowd_flag
 
 
@@ -85,8 +86,8 @@ class CocoPanoptic(SegmentationSource):
         for annotation, _, _ in read_array(self.annotations, "annotations"):
             image_id = _take(annotation, "image_id", (int, str), f"an annotation in {self.annotations}")
             if image_id not in image_names:
-                raise ValueError(f'{self.annotations}: image {image_id} of an annotation is not under "images".')
-            owner = f"the annotation of image {image_id} in {self.annotations}"
+                raise ValueError(f'{self.annotations}: {_image(image_id)} of an annotation is not under "images".')
+            owner = f"the annotation of {_image(image_id)} in {self.annotations}"
             segments = [
                 {
                     "id": _take(segment, "id", int, f"a segment of {owner}"),
@@ -97,7 +98,7 @@ class CocoPanoptic(SegmentationSource):
             ]
             yield {
                 "image_id": image_id,
-                "image": _path(self.images, image_names[image_id], f"image {image_id} in {self.annotations}"),
+                "image": _path(self.images, image_names[image_id], f"{_image(image_id)} in {self.annotations}"),
                 "annotation": _path(self.segment_maps, annotation, owner),
                 "segments": json.dumps(segments),
             }
@@ -158,7 +159,7 @@ class CocoInstance(SegmentationSource):
         shapeless = dropped = 0
         for image_id, annotations in _annotations_by_image(self.annotations, list(images)):
             image = images[image_id]
-            owner = f"image {image_id} in {self.annotations}"
+            owner = f"{_image(image_id)} in {self.annotations}"
             segments = [
                 _instance_segment(annotation, labels, image_id, f"an annotation of {owner}")
                 for annotation in annotations
@@ -233,11 +234,12 @@ def _coco_categories(annotations: Path, given: str | Path | None, known_name: st
     if not categories:
         raise ValueError(f"The list of categories in {annotations} is empty.")
     known = load_categories(known_name)
-    if {(entry.get("id"), entry.get("name")) for entry in categories} == {(c["id"], c["name"]) for c in known}:
-        return known
-    if known_name == "coco_instance":  # whose own JSON does not say it
-        categories = [{"isthing": 1, **category} for category in categories]
     try:
+        check_categories(categories)
+        if names_by_id(categories) == names_by_id(known):
+            return known
+        if known_name == "coco_instance":  # whose own JSON does not say it
+            categories = [{"isthing": 1, **category} for category in categories]
         return complete_categories(categories)
     except ValueError as error:
         raise ValueError(f"{annotations}: {error}") from error
@@ -254,8 +256,8 @@ def _image_entries(annotations: Path) -> dict[int | str, dict[str, Any]]:
     for image, _, _ in read_array(annotations, "images"):
         image_id = _take(image, "id", (int, str), f"an image in {annotations}")
         if image_id in images:
-            raise ValueError(f"{annotations}: image {image_id} is listed twice.")
-        owner = f"image {image_id} in {annotations}"
+            raise ValueError(f"{annotations}: {_image(image_id)} is listed twice.")
+        owner = f"{_image(image_id)} in {annotations}"
         images[image_id] = {
             "file_name": _take(image, "file_name", str, owner),
             **{key: _take({key: 0, **image}, key, int, owner) for key in ("height", "width")},
@@ -272,7 +274,7 @@ def _annotations_by_image(path: Path, image_ids: list[int | str]) -> Iterator[tu
     for annotation, start, length in read_array(path, "annotations"):
         image_id = _take(annotation, "image_id", (int, str), f"an annotation in {path}")
         if image_id not in position_of:
-            raise ValueError(f'{path}: image {image_id} of an annotation is not under "images".')
+            raise ValueError(f'{path}: {_image(image_id)} of an annotation is not under "images".')
         owners.append(position_of[image_id])
         starts.append(start)
         lengths.append(length)
@@ -283,6 +285,11 @@ def _annotations_by_image(path: Path, image_ids: list[int | str]) -> Iterator[tu
         for image_id, end in zip(image_ids, ends, strict=True):
             yield image_id, [json.loads(text[starts[i] : starts[i] + lengths[i]]) for i in order[first:end]]
             first = end
+
+
+def _image(image_id: int | str) -> str:
+    """What messages call an image."""
+    return f"image {printable(str(image_id))}"
 
 
 class _Labels:
@@ -355,5 +362,5 @@ def _take(entry: Any, key: str, kind: type | tuple[type, ...], owner: str) -> An
     value = entry.get(key) if isinstance(entry, dict) else None
     is_right = isinstance(value, kind) and not isinstance(value, bool)
     if not is_right or (isinstance(value, int) and abs(value) > LARGEST_NUMBER):
-        raise ValueError(f'"{key}" of {owner} is missing or wrong: {reprlib.repr(value)}.')
+        raise ValueError(f'"{key}" of {owner} is missing or wrong: {shown(value)}.')
     return value

@@ -1,6 +1,6 @@
 """The forms of polygons in JSON files: COCO's, and the one that other tools write in its place."""
 
-import reprlib
+from proscale_hf.files.text import shown
 
 
 POLYGON_FORM = "[x, y, x, y, ...]"
@@ -19,7 +19,7 @@ def polygons_of(shape: list) -> list[list]:
     """
     is_pairs = len(shape) > 2 and all(_is_pair(point) for point in shape)  # a polygon without a list around it
     if is_pairs or not all(isinstance(polygon, list) for polygon in shape):
-        raise ValueError(f"must be a list of polygons, each {POLYGON_FORM}, got {reprlib.repr(shape)}")
+        raise ValueError(f"must be a list of polygons, each {POLYGON_FORM}, got {shown(shape)}")
     polygons = [_flat(polygon) for polygon in shape]
     return [polygon for polygon in polygons if len(polygon) >= MIN_COORDINATES]
 
@@ -28,7 +28,7 @@ def _flat(polygon: list) -> list:
     if not any(isinstance(point, list | dict) for point in polygon):
         return polygon
     if not all(_is_pair(point) for point in polygon):
-        raise ValueError(f"must have polygons {POLYGON_FORM}, or pairs [x, y], got {reprlib.repr(polygon)}")
+        raise ValueError(f"must have polygons {POLYGON_FORM}, or pairs [x, y], got {shown(polygon)}")
     return [coordinate for point in polygon for coordinate in point]
 
 
