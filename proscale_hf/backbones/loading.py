@@ -4,6 +4,7 @@ All that is changed in modules of others is changed here, once they are built. T
 they were, so weights, their names and results stay as they are.
 """
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +26,10 @@ FASTER = {  # subclasses with the same weights and results
     SwinMLP: LeanSwinMLP,
     nn.Linear: Linear,
 }
+
+RESNET_STEM = re.compile(
+    r"(embedder\.embedder|encoder\.stages\.0\.layers\.\d+\.(layer|shortcut)|_backbone\.(conv1|bn1|layer1))\."
+)
 
 
 def load_backbone(config: PreTrainedConfig, feature_strides: Sequence[int]) -> nn.Module:
@@ -81,7 +86,7 @@ def make_faster(backbone: nn.Module) -> None:
     mark_as_built(backbone)
 
 
-def freeze(backbone: nn.Module, batch_norms: bool) -> None:
+def freeze(backbone: nn.Module, batch_norms: bool, stem: bool = False) -> None:
     """Keep parameters out of training. Loading weights replaces parameters, so this is called again after it.
 
     Swin's last norm is for its classifier. Nothing uses it here, and processes that train together would wait for its
@@ -90,9 +95,10 @@ def freeze(backbone: nn.Module, batch_norms: bool) -> None:
     Args:
         backbone: any.
         batch_norms: whether batch norms keep their statistics and weights.
+        stem: whether the stem and the first stage of a ResNet keep their weights, as in DETR.
     """
     for name, parameter in backbone.named_parameters():
-        if name.startswith("swin.layernorm."):
+        if name.startswith("swin.layernorm.") or (stem and RESNET_STEM.match(name)):
             parameter.requires_grad_(False)
     if batch_norms:
         for module in backbone.modules():

@@ -38,14 +38,14 @@ class EncoderConfig(PreTrainedConfig):
             Strides of the backbone's feature maps, fine to coarse.
         encoder (`str`, defaults to `"proscale"`):
             Transformer encoder of the maps' tokens. `"proscale"`: tokens of larger maps enter in later stages
-            (paper, section 3.1). `"mask2former"`: all tokens in every layer. The paper's baselines: `"lite"`,
-            Lite-DETR's, where only the last layer changes the finest map; `"rt"`, RT-DETR's, attention in the coarsest
-            map and convolutions across scales.
+            (paper, section 3.1). `"mask2former"`, or `"dino"` in detection: all tokens in every layer. The paper's
+            baselines: `"lite"`, Lite-DETR's, where only the last layer changes the finest map; `"rt"`, RT-DETR's,
+            attention in the coarsest map and convolutions across scales.
         encoder_stage_layers (`list[int]`, defaults to `(3, 3, 3)`):
             (p1, p2, p3): number of layers in each stage of the `"proscale"` encoder, one entry per token scale,
             coarse to fine.
         encoder_layers (`int`, defaults to 6):
-            Number of layers of the `"mask2former"` and `"lite"` encoders. The others do not read it.
+            Number of layers of the `"mask2former"`, `"dino"` and `"lite"` encoders. The others do not read it.
         encoder_num_points (`int`, defaults to 4):
             Sampling points per head and level of the encoder's deformable attention. `"rt"` does not read it.
         encoder_feedforward_dim (`int`, defaults to 1024):
@@ -73,6 +73,7 @@ class EncoderConfig(PreTrainedConfig):
     """
 
     sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012 - transformers reads a plain class attribute
+    encoders = ENCODERS  # those that the family has
 
     backbone_config: dict | PreTrainedConfig | None = None
     freeze_backbone_batch_norm: bool = True
@@ -108,7 +109,7 @@ class EncoderConfig(PreTrainedConfig):
         Raises:
             ValueError: one line that names the field.
         """
-        check_choice("encoder", self.encoder, ENCODERS)
+        check_choice("encoder", self.encoder, self.encoders)
         check_choice("token_recalibration", self.token_recalibration, TOKEN_RECALIBRATIONS)
         check_choice("token_recalibration_layout", self.token_recalibration_layout, TOKEN_RECALIBRATION_LAYOUTS)
         strides = list(self.feature_strides)

@@ -31,20 +31,26 @@ class SelfAttention(nn.Module):
         self.out_proj = Linear(channels, channels)
 
     def forward(
-        self, hidden_states: torch.Tensor, positions: torch.Tensor, output_attentions: bool = False
+        self,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor,
+        output_attentions: bool = False,
+        attend: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             hidden_states: (batch, queries, channels).
-            positions: (queries, channels) or (1, queries, channels), added for queries and keys, not for values.
+            positions: (queries, channels) or (1 or batch, queries, channels), added for queries and keys, not for
+                values.
             output_attentions: return the weights.
+            attend: (1 or batch, 1, 1 or queries, queries) bool, True where attention is allowed; everywhere if None.
 
         Returns:
             (batch, queries, channels), and the weights (batch, heads, queries, queries) or None.
         """
         positioned = hidden_states + positions
         query, key, value = self.q_proj(positioned), self.k_proj(positioned), self.v_proj(hidden_states)
-        output, attention = multi_head_attention(self, query, key, value, None, output_attentions)
+        output, attention = multi_head_attention(self, query, key, value, attend, output_attentions)
         return self.out_proj(output), attention
 
 

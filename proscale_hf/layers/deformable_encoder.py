@@ -1,5 +1,6 @@
 """The tokens of several maps, deformable attention to them, and the encoder layer made of it."""
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from proscale_hf.layers.linear import Linear
+from proscale_hf.layers.linear import Linear, ZeroLinear
 from proscale_hf.layers.ms_deform_attn import FusedMultiScaleDeformableAttention, token_parts
 from proscale_hf.layers.untouched import is_untouched, mark_as_built
 
@@ -20,16 +21,21 @@ class TokenGrid(NamedTuple):
         shapes_list: (height, width) of each map, as Python integers.
         shapes: (levels, 2) int64, the same as a tensor.
         level_start_index: (levels,) int64, the first token of each map.
-        reference_points: (1 or batch, tokens, 1 or levels, 2) float32, (x, y) of each token's centre, with 0 and 1 at
-            the edges of the map that is looked at. Without padding, it is the same in all images and maps.
+        centres: (1 or batch, tokens, 2) float32, (x, y) of each token's centre, with 0 and 1 at the edges of its image.
+        reference_points: (1 or batch, tokens, 1 or levels, 2) float32, the same with 0 and 1 at the edges of the map
+            that is looked at. Without padding, it is the same in all images and maps.
         padding: (batch, tokens) bool, True where a token lies in the padding of its image; None without padding.
+        valid_ratios: (batch, levels, 2) float32, the shares of the maps' width and height that are image; None without
+            padding.
     """
 
     shapes_list: list[tuple[int, int]]
     shapes: torch.Tensor
     level_start_index: torch.Tensor
+    centres: torch.Tensor
     reference_points: torch.Tensor
     padding: torch.Tensor | None = None
+    valid_ratios: torch.Tensor | None = None
 
     @classmethod
     def of_maps(cls, maps: list[torch.Tensor], padding: list[torch.Tensor] | None = None) -> "TokenGrid":
@@ -46,25 +52,29 @@ class TokenGrid(NamedTuple):
         device = maps[0].device
         dtype = torch.promote_types(maps[0].dtype, torch.float32)
         shapes_list = [tuple(feature_map.shape[-2:]) for feature_map in maps]
-        starts, centres = [0], []
-        for height, width in shapes_list:
-            starts.append(starts[-1] + height * width)
-            y = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height
-            x = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width
-            y, x = torch.meshgrid(y, x, indexing="ij")
-            centres.append(torch.stack((x, y), dim=-1).flatten(0, 1))  # (height * width, 2)
-        reference_points, token_padding = torch.cat(centres)[None, :, None], None
+        starts = [0, *itertools.accumulate(height * width for height, width in shapes_list)]
+        shapes = torch.tensor(shapes_list, device=device)
+        sizes = shapes[None] if padding is None else valid_sizes(padding)
+        centres = torch.cat(
+            [
+                centres_of_cells(*shape, level_sizes, dtype)
+                for shape, level_sizes in zip(shapes_list, sizes.unbind(1), strict=True)
+            ],
+            dim=1,
+        )
+        reference_points, token_padding, ratios = centres[:, :, None], None, None
         if padding is not None:
-            ratios = valid_ratios(padding).to(dtype)
-            within_image = [centre / ratio[:, None] for centre, ratio in zip(centres, ratios.unbind(1), strict=True)]
-            reference_points = torch.cat(within_image, dim=1)[:, :, None] * ratios[:, None]
+            ratios = (sizes.to(dtype) / shapes).flip(-1)
+            reference_points = reference_points * ratios[:, None]
             token_padding = torch.cat([mask.flatten(1) for mask in padding], dim=1)
         return cls(
             shapes_list,
-            torch.tensor(shapes_list, device=device),
+            shapes,
             torch.tensor(starts[:-1], device=device),
+            centres,
             reference_points,
             token_padding,
+            ratios,
         )
 
     def first(self, levels: int) -> "TokenGrid":
@@ -74,26 +84,42 @@ class TokenGrid(NamedTuple):
             self.shapes_list[:levels],
             self.shapes[:levels],
             self.level_start_index[:levels],
+            self.centres[:, :tokens],
             self.reference_points[:, :tokens, :levels],
             None if self.padding is None else self.padding[:, :tokens],
+            None if self.valid_ratios is None else self.valid_ratios[:, :levels],
         )
 
 
-def valid_ratios(padding: list[torch.Tensor]) -> torch.Tensor:
+def valid_sizes(padding: list[torch.Tensor]) -> torch.Tensor:
     """
-    The share of each map that its image covers.
+    What of each map is image.
 
     Args:
-        padding: (batch, height, width) bool for each map, True in the padding.
+        padding: (batch, height, width) bool for each map, True in the padding, which lies below and to the right.
 
     Returns:
-        (batch, levels, 2) float32, the shares of width and height.
+        (batch, levels, 2) int64, rows and columns, at least 1.
     """
-    ratios = [
-        torch.stack((mask[:, 0].logical_not().float().mean(-1), mask[:, :, 0].logical_not().float().mean(-1)), -1)
-        for mask in padding
-    ]
-    return torch.stack(ratios, dim=1)
+    sizes = [torch.stack(((~mask[:, :, 0]).sum(1), (~mask[:, 0]).sum(1)), dim=-1) for mask in padding]
+    return torch.stack(sizes, dim=1).clamp(min=1)
+
+
+def centres_of_cells(height: int, width: int, sizes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """
+    Args:
+        height: rows of a map.
+        width: columns of the map.
+        sizes: (1 or batch, 2) int64, rows and columns that are image.
+        dtype: of the result.
+
+    Returns:
+        (1 or batch, height * width, 2), (x, y) of the cells' centres, with 0 and 1 at the edges of the image.
+    """
+    y = (torch.arange(height, device=sizes.device, dtype=dtype) + 0.5) / sizes[:, :1]  # (1 or batch, height)
+    x = (torch.arange(width, device=sizes.device, dtype=dtype) + 0.5) / sizes[:, 1:]
+    shape = (len(sizes), height, width)
+    return torch.stack((x[:, None].expand(shape), y[:, :, None].expand(shape)), dim=-1).flatten(1, 2)
 
 
 class DeformableAttention(nn.Module):
@@ -172,13 +198,8 @@ class SamplingOffsets(Linear):
         init.copy_(self.bias, ring.expand(self.shape).reshape(-1))
 
 
-class AttentionLogits(Linear):
+class AttentionLogits(ZeroLinear):
     """Logits of the attention weights; zero at first, so that all points count alike."""
-
-    def reset_parameters(self) -> None:
-        """All zero."""
-        init.zeros_(self.weight)
-        init.zeros_(self.bias)
 
 
 class DeformableEncoderLayer(GradientCheckpointingLayer):

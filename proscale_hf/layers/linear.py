@@ -5,11 +5,13 @@ threads. A bfloat16 one it hands to oneDNN, after copying the bias to every row 
 types, devices and compiled graphs, is left to its own choice.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from transformers import initialization as init
 
 
 MANY_ROWS, MANY_FEATURES = 512, 128  # from where on oneDNN's weight gradients are faster than MKL's
@@ -131,3 +133,22 @@ class Linear(nn.Linear):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)."""
         return linear(inputs, self.weight, self.bias)
+
+
+class UniformLinear(Linear):
+    """A linear layer that begins as PyTorch's own do, as in the originals' heads; models begin others differently."""
+
+    def reset_parameters(self) -> None:
+        """Uniform weights and biases, up to one over the root of the number of inputs."""
+        bound = 1 / math.sqrt(self.in_features)
+        init.uniform_(self.weight, -bound, bound)
+        init.uniform_(self.bias, -bound, bound)
+
+
+class ZeroLinear(Linear):
+    """A linear layer that puts out zeros at first."""
+
+    def reset_parameters(self) -> None:
+        """All zero."""
+        init.zeros_(self.weight)
+        init.zeros_(self.bias)

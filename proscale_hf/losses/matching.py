@@ -12,41 +12,48 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 from transformers.utils import logging
 
+from proscale_hf.layers.boxes import to_corners
 from proscale_hf.layers.linear import linear
+from proscale_hf.losses.boxes import generalized_iou
 from proscale_hf.losses.point_sampling import mask_products, row_parts, sample_labels, sample_shared
 
 
 logger = logging.get_logger(__name__)
 
+LOG_EPSILON = 1e-8  # keeps logarithms of probabilities finite
 UNMATCHABLE = 1e6  # cost in place of a NaN or an infinity: matched last, but never infeasible
 
 
 class ImagePredictions(NamedTuple):
-    """All predictions of one image.
+    """All predictions of one image; those that a model does not make are None, and no term of its cost reads them.
 
     Attributes:
         class_logits: (predictions, queries, classes).
         mask_embeddings: (predictions, queries, channels).
         mask_features: (channels, height, width), the per-pixel embedding.
+        boxes: (predictions, queries, 4), centre and size as shares of the image.
     """
 
     class_logits: torch.Tensor
-    mask_embeddings: torch.Tensor
-    mask_features: torch.Tensor
+    mask_embeddings: torch.Tensor | None = None
+    mask_features: torch.Tensor | None = None
+    boxes: torch.Tensor | None = None
 
 
 class ImageObjects(NamedTuple):
-    """The objects of one image.
+    """The objects of one image; None is what a model does not learn.
 
     Attributes:
         class_labels: (objects,) int64.
         planes: (planes, height, width) uint8, their masks, see `packed_masks.py`.
         extent: (2,), the share of height and width that is image.
+        boxes: (objects, 4), centre and size as shares of the image.
     """
 
     class_labels: torch.Tensor
-    planes: torch.Tensor
-    extent: torch.Tensor
+    planes: torch.Tensor | None = None
+    extent: torch.Tensor | None = None
+    boxes: torch.Tensor | None = None
 
 
 CostTerm = Callable[[ImagePredictions, ImageObjects], torch.Tensor]  # (predictions, queries, objects) float32
@@ -86,7 +93,7 @@ class MaskCost:
 
     def __call__(self, predictions: ImagePredictions, objects: ImageObjects) -> torch.Tensor:
         """See `CostTerm`."""
-        _, embeddings, features = predictions
+        embeddings, features = predictions.mask_embeddings, predictions.mask_features
         points = torch.rand((self.num_points, 2), device=features.device) * objects.extent.flip(0)
         inside, counted = sample_labels(objects.planes, len(objects.class_labels), points)
         costs = []
@@ -99,6 +106,61 @@ class MaskCost:
             dice = 1 - (overlap + 1) / ((probabilities @ counted).unsqueeze(1) + inside.sum(1) + 1)
             costs.append(self.mask_weight * cross_entropy / counted.sum().clamp(min=1) + self.dice_weight * dice)
         return torch.cat(costs).view(*embeddings.shape[:2], -1)
+
+
+class FocalClassCost:
+    """How the focal loss of the object's class would change if the query had the object (Deformable DETR).
+
+    Args:
+        weight: of the term.
+        num_labels: classes.
+        alpha: of the focal loss, the weight of an object; 1 - alpha is that of "none".
+        gamma: of the focal loss.
+    """
+
+    def __init__(self, weight: float, num_labels: int, alpha: float, gamma: float):
+        self.weight = weight
+        self.num_labels = num_labels
+        self.alpha = alpha
+        self.gamma = gamma
+
+    def __call__(self, predictions: ImagePredictions, objects: ImageObjects) -> torch.Tensor:
+        """See `CostTerm`."""
+        classes = objects.class_labels.clamp(0, self.num_labels - 1)  # [`Matcher`] refuses wrong ones on the host
+        probabilities = predictions.class_logits[..., classes].sigmoid()
+        with_object = self.alpha * (1 - probabilities) ** self.gamma * -(probabilities + LOG_EPSILON).log()
+        without = (1 - self.alpha) * probabilities**self.gamma * -(1 - probabilities + LOG_EPSILON).log()
+        return self.weight * (with_object - without)
+
+
+class BoxCost:
+    """The sum of the differences between the four numbers of two boxes.
+
+    Args:
+        weight: of the term.
+    """
+
+    def __init__(self, weight: float):
+        self.weight = weight
+
+    def __call__(self, predictions: ImagePredictions, objects: ImageObjects) -> torch.Tensor:
+        """See `CostTerm`."""
+        return self.weight * (predictions.boxes[:, :, None] - objects.boxes).abs().sum(-1)
+
+
+class GIoUCost:
+    """The negative generalised intersection over union of two boxes.
+
+    Args:
+        weight: of the term.
+    """
+
+    def __init__(self, weight: float):
+        self.weight = weight
+
+    def __call__(self, predictions: ImagePredictions, objects: ImageObjects) -> torch.Tensor:
+        """See `CostTerm`."""
+        return -self.weight * generalized_iou(to_corners(predictions.boxes)[:, :, None], to_corners(objects.boxes))
 
 
 class Matcher:

@@ -14,6 +14,7 @@ from transformers import initialization as init
 from proscale_hf.losses.masks import Points, matched_mask_losses
 from proscale_hf.losses.matching import ClassCost, ImageObjects, ImagePredictions, MaskCost, Matcher
 from proscale_hf.losses.point_sampling import sample_labels
+from proscale_hf.losses.totals import sum_over_processes
 
 
 class UniversalSegmentationLoss(nn.Module):
@@ -211,10 +212,6 @@ def totals_per_process(num_masks: int, total_weight: torch.Tensor) -> tuple[torc
     Returns:
         () and (predictions,), both above 0.
     """
-    totals = torch.cat((total_weight.new_tensor([num_masks]), total_weight))
-    processes = 1
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(totals)
-        processes = torch.distributed.get_world_size()
+    totals, processes = sum_over_processes(torch.cat((total_weight.new_tensor([num_masks]), total_weight)))
     # without any object, or any weight on "no object", there is nothing to divide
     return totals[0].clamp(min=1) / processes, (totals[1:] / processes).clamp(min=torch.finfo(totals.dtype).tiny)

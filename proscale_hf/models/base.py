@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import CONFIG_NAME
@@ -76,6 +77,25 @@ class ProScalePreTrainedModel(PreTrainedModel):
         super().post_init()
         check_parameters(self)
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Own modules say how they begin. Where they leave it to PyTorch, `init_layer` says it for the family."""
+        begin = getattr(module, "reset_parameters", None)
+        if begin is not None and not begin.__module__.startswith("torch."):
+            begin()
+        elif isinstance(module, nn.Linear | nn.Conv2d):
+            self.init_layer(module)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+        else:
+            super()._init_weights(module)
+
+    def init_layer(self, layer: nn.Linear | nn.Conv2d) -> None:
+        """Give the weights of a layer the values that layers of its kind have at first; biases are 0."""
+        init.xavier_uniform_(layer.weight)
 
     @classmethod
     def from_pretrained(

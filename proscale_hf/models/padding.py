@@ -1,9 +1,13 @@
 """What models know of the padding in a batch: found out once per call, before anything is computed."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
+
+
+T = TypeVar("T")
 
 
 class ImageBatch(NamedTuple):
@@ -60,6 +64,34 @@ def pad_to_stride(maps: torch.Tensor, stride: int) -> torch.Tensor:
     """Pad (..., height, width) with 0 at the bottom and right to multiples of the stride."""
     height, width = maps.shape[-2:]
     return nn.functional.pad(maps, (0, -width % stride, 0, -height % stride))
+
+
+def run_by_size(
+    run: Callable[[torch.Tensor], T], pixel_values: torch.Tensor, sizes: list[tuple[int, int]]
+) -> tuple[list[T], torch.Tensor]:
+    """
+    Run each image of a batch at a size of its own, those of one size together.
+
+    Args:
+        run: takes (images, channels, height, width).
+        pixel_values: (batch, channels, height, width).
+        sizes: (height, width) of each image, whose upper left corner is that of `pixel_values`.
+
+    Returns:
+        What `run` gave for each size, and (batch,) int64, where each image is once those are put in a row.
+    """
+    order, outputs = [], []
+    for height, width in sorted(set(sizes)):
+        members = [i for i, size in enumerate(sizes) if size == (height, width)]
+        order.extend(members)
+        outputs.append(run(pixel_values[members, :, :height, :width]))
+    return outputs, torch.tensor(order, device=pixel_values.device).argsort()
+
+
+def pad_map(feature_map: torch.Tensor, size: tuple[int, int], mode: str = "constant") -> torch.Tensor:
+    """Pad a (batch, channels, height, width) map at the bottom and right to `size`."""
+    height, width = feature_map.shape[-2:]
+    return nn.functional.pad(feature_map, (0, size[1] - width, 0, size[0] - height), mode=mode)
 
 
 def true_image_sizes(pixel_mask: torch.Tensor) -> torch.Tensor:

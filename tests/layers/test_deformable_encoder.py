@@ -13,7 +13,7 @@ from proscale_hf.layers.deformable_encoder import (
     TokenGrid,
     maps_to_tokens,
     tokens_to_maps,
-    valid_ratios,
+    valid_sizes,
 )
 
 
@@ -68,10 +68,8 @@ PADDED_SHAPES = [(2, 3), (4, 5)]
 PADDING = padding_of([[(1, 2), (2, 3)], [(2, 3), (4, 5)]], PADDED_SHAPES)
 
 
-def test_valid_ratios():
-    torch.testing.assert_close(
-        valid_ratios(PADDING), torch.tensor([[[2 / 3, 1 / 2], [3 / 5, 2 / 4]], [[1.0, 1.0], [1.0, 1.0]]])
-    )
+def test_valid_sizes():
+    assert valid_sizes(PADDING).tolist() == [[[1, 2], [2, 3]], [[2, 3], [4, 5]]]
 
 
 def test_token_grid_with_padding():

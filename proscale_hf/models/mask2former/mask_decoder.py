@@ -5,7 +5,6 @@ that steers the attention is computed at the map's own resolution: resizing the 
 product there equals resizing the product.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from proscale_hf.layers.attention import SelfAttention, multi_head_attention
-from proscale_hf.layers.linear import Linear, linear, suits_onednn
+from proscale_hf.layers.linear import Linear, UniformLinear, linear, suits_onednn
 from proscale_hf.layers.position_embedding import sine_position_embedding
 from proscale_hf.layers.table import Table
 from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
@@ -331,24 +330,14 @@ class MaskPredictor(nn.Module):
         super().__init__()
         channels = config.hidden_dim
         self.mask_embedder = nn.Sequential(
-            nn.Sequential(MaskEmbedderLinear(channels, channels), nn.ReLU()),
-            nn.Sequential(MaskEmbedderLinear(channels, channels), nn.ReLU()),
-            nn.Sequential(MaskEmbedderLinear(channels, config.mask_feature_size)),
+            nn.Sequential(UniformLinear(channels, channels), nn.ReLU()),
+            nn.Sequential(UniformLinear(channels, channels), nn.ReLU()),
+            nn.Sequential(UniformLinear(channels, config.mask_feature_size)),
         )
 
     def forward(self, query_states: torch.Tensor) -> torch.Tensor:
         """(batch, queries, channels) -> (batch, queries, mask_feature_size)."""
         return self.mask_embedder(query_states)
-
-
-class MaskEmbedderLinear(Linear):
-    """A linear layer that begins as PyTorch's own do, as in the original's mask head."""
-
-    def reset_parameters(self) -> None:
-        """Uniform weights and biases, up to one over the root of the number of inputs."""
-        bound = 1 / math.sqrt(self.in_features)
-        init.uniform_(self.weight, -bound, bound)
-        init.uniform_(self.bias, -bound, bound)
 
 
 def predict_masks(mask_embeddings: torch.Tensor, mask_features: torch.Tensor) -> torch.Tensor:

@@ -127,24 +127,12 @@ class ProScaleMask2FormerPreTrainedModel(ProScalePreTrainedModel):
         """What one image of this height and width, in pixels, costs the segmentation model of a configuration."""
         return measure_cost(ProScaleMask2FormerForUniversalSegmentation, config, height, width)
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Own modules say how they begin. Where they leave it to PyTorch, this is how layers of a kind begin here."""
-        begin = getattr(module, "reset_parameters", None)
-        if begin is not None and not begin.__module__.startswith("torch."):
-            begin()
-        elif isinstance(module, nn.Linear):
-            init.xavier_uniform_(module.weight, gain=self.config.init_xavier_std)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d):
-            init.kaiming_uniform_(module.weight, a=1)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight)
+    def init_layer(self, layer: nn.Linear | nn.Conv2d) -> None:
+        """Mask2Former's convolutions begin otherwise than its linear layers."""
+        if isinstance(layer, nn.Conv2d):
+            init.kaiming_uniform_(layer.weight, a=1)
         else:
-            super()._init_weights(module)
+            init.xavier_uniform_(layer.weight, gain=self.config.init_xavier_std)
 
 
 class ClassPredictor(Linear):

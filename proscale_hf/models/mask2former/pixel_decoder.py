@@ -12,7 +12,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from proscale_hf.encoders.choice import ENCODER_CLASSES
+from proscale_hf.encoders.choice import build_encoder
 from proscale_hf.encoders.configuration import NORM_GROUPS
 from proscale_hf.layers.position_embedding import sine_position_embedding
 from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
@@ -47,7 +47,7 @@ class PixelDecoder(nn.Module):
             for in_channels in reversed(encoder_channels)
         )
         self.level_embed = nn.Parameter(torch.zeros(len(encoder_channels), channels))
-        self.encoder = ENCODER_CLASSES[config.encoder](config)
+        self.encoder = build_encoder(config)
         self.adapter_1, self.layer_1 = None, None
         if config.pixel_embedding != "none":
             self.adapter_1 = nn.Sequential(

@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 from proscale_hf.backbones.loading import check_strides, freeze, load_backbone
 from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
 from proscale_hf.models.mask2former.pixel_decoder import PixelDecoder
+from proscale_hf.models.padding import pad_map, run_by_size
 
 
 @dataclass
@@ -69,12 +70,7 @@ class PixelLevelModule(nn.Module):
         if padded_sizes is None or set(padded_sizes) == {(height, width)}:
             return self.run(pixel_values)
 
-        order, outputs = [], []
-        for size in sorted(set(padded_sizes)):
-            members = [i for i, other in enumerate(padded_sizes) if other == size]
-            order.extend(members)
-            outputs.append(self.run(pixel_values[members, :, : size[0], : size[1]]))
-        place = torch.tensor(order, device=pixel_values.device).argsort()
+        outputs, place = run_by_size(self.run, pixel_values, padded_sizes)
 
         def batched(maps: list[torch.Tensor], stride: int, mode: str = "constant") -> torch.Tensor:
             target = math.ceil(height / stride), math.ceil(width / stride)
@@ -95,9 +91,3 @@ class PixelLevelModule(nn.Module):
             check_strides(backbone_maps, tuple(pixel_values.shape[-2:]), self.strides)
         decoded = self.decoder(backbone_maps)
         return PixelLevelModuleOutput(backbone_maps, decoded.multi_scale_features, decoded.mask_features)
-
-
-def pad_map(feature_map: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
-    """Pad a (batch, channels, height, width) map at the bottom and right to `size`."""
-    height, width = feature_map.shape[-2:]
-    return nn.functional.pad(feature_map, (0, size[1] - width, 0, size[0] - height), mode=mode)

@@ -27,7 +27,8 @@ from proscale_hf import (
 from proscale_hf.encoders.choice import ENCODER_CLASSES
 from proscale_hf.encoders.rt import ConvolutionNorm
 from proscale_hf.layers.deformable_encoder import AttentionLogits, SamplingOffsets
-from proscale_hf.models.mask2former.mask_decoder import MaskedCrossAttention, MaskEmbedderLinear
+from proscale_hf.layers.linear import UniformLinear
+from proscale_hf.models.mask2former.mask_decoder import MaskedCrossAttention
 from proscale_hf.models.padding import pad_to_stride
 from proscale_hf.processing.packed_masks import pack_masks
 
@@ -579,7 +580,7 @@ def test_initial_values(encoder):
             assert module.weight.abs().max() == 0 and module.bias.abs().max() == 0
         elif isinstance(module, MaskedCrossAttention):
             assert abs(module.in_proj_weight.std() - (2 / (4 * 32)) ** 0.5) < 0.01
-        elif isinstance(module, MaskEmbedderLinear):
+        elif isinstance(module, UniformLinear):
             assert 0.8 / 32**0.5 < module.weight.abs().max() <= 1 / 32**0.5
         elif isinstance(module, nn.BatchNorm2d):
             assert module.weight.min() == 1 and module.bias.abs().max() == 0
