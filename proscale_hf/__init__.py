@@ -12,6 +12,16 @@ from proscale_hf.version import __version__
 
 
 if TYPE_CHECKING:
+    from proscale_hf.models.dino.configuration_proscale_dino import ProScaleDinoConfig
+    from proscale_hf.models.dino.image_processing_proscale_dino import (
+        ProScaleDinoImageProcessor,
+        ProScaleDinoImageProcessorPil,
+    )
+    from proscale_hf.models.dino.modeling_proscale_dino import (
+        ProScaleDinoForObjectDetection,
+        ProScaleDinoModel,
+        ProScaleDinoPreTrainedModel,
+    )
     from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
     from proscale_hf.models.mask2former.image_processing_proscale_mask2former import (
         ProScaleMask2FormerImageProcessor,
@@ -24,6 +34,12 @@ if TYPE_CHECKING:
     )
 
 LAZY_NAMES = {
+    "ProScaleDinoConfig": "models.dino.configuration_proscale_dino",
+    "ProScaleDinoForObjectDetection": "models.dino.modeling_proscale_dino",
+    "ProScaleDinoImageProcessor": "models.dino.image_processing_proscale_dino",
+    "ProScaleDinoImageProcessorPil": "models.dino.image_processing_proscale_dino",
+    "ProScaleDinoModel": "models.dino.modeling_proscale_dino",
+    "ProScaleDinoPreTrainedModel": "models.dino.modeling_proscale_dino",
     "ProScaleMask2FormerConfig": "models.mask2former.configuration_proscale_mask2former",
     "ProScaleMask2FormerForUniversalSegmentation": "models.mask2former.modeling_proscale_mask2former",
     "ProScaleMask2FormerModel": "models.mask2former.modeling_proscale_mask2former",
@@ -33,6 +49,12 @@ LAZY_NAMES = {
 }
 
 __all__ = [
+    "ProScaleDinoConfig",
+    "ProScaleDinoForObjectDetection",
+    "ProScaleDinoImageProcessor",
+    "ProScaleDinoImageProcessorPil",
+    "ProScaleDinoModel",
+    "ProScaleDinoPreTrainedModel",
     "ProScaleMask2FormerConfig",
     "ProScaleMask2FormerForUniversalSegmentation",
     "ProScaleMask2FormerImageProcessor",

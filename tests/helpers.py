@@ -3,8 +3,14 @@
 from typing import Any
 
 import torch
+from torch import nn
 
-from proscale_hf import ProScaleMask2FormerConfig, ProScaleMask2FormerForUniversalSegmentation
+from proscale_hf import (
+    ProScaleDinoConfig,
+    ProScaleDinoForObjectDetection,
+    ProScaleMask2FormerConfig,
+    ProScaleMask2FormerForUniversalSegmentation,
+)
 
 
 TINY_SWIN = {
@@ -61,11 +67,40 @@ def tiny_config(**changes: Any) -> ProScaleMask2FormerConfig:
 def tiny_model(seed: int = 0, **changes: Any) -> ProScaleMask2FormerForUniversalSegmentation:
     """A model in evaluation mode, with weights so far from their initial values that every part has an effect."""
     torch.manual_seed(seed)
-    model = ProScaleMask2FormerForUniversalSegmentation(tiny_config(**changes))
+    return shaken(ProScaleMask2FormerForUniversalSegmentation(tiny_config(**changes)))
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """The model in evaluation mode, with noise added to its weights."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model.eval()
+
+
+def tiny_detection_config(**changes: Any) -> ProScaleDinoConfig:
+    """A configuration with four levels, three decoder layers and four classes."""
+    settings = {
+        "backbone_config": {**TINY_RESNET, "out_features": ["stage2", "stage3", "stage4"]},
+        "encoder_stage_layers": (1, 1, 2, 1),
+        "encoder_layers": 2,
+        "encoder_feedforward_dim": 48,
+        "feature_size": 64,  # groups of more than one channel, for the norm of a coarsest map of one token
+        "num_attention_heads": 4,
+        "decoder_layers": 3,
+        "decoder_feedforward_dim": 48,
+        "num_queries": 9,
+        "num_denoising": 6,
+        "num_labels": 4,
+        **changes,
+    }
+    return ProScaleDinoConfig(**settings)
+
+
+def tiny_detector(seed: int = 0, **changes: Any) -> ProScaleDinoForObjectDetection:
+    """As `tiny_model`, for detection."""
+    torch.manual_seed(seed)
+    return shaken(ProScaleDinoForObjectDetection(tiny_detection_config(**changes)))
 
 
 def pixels(batch: int = 2, height: int = 64, width: int = 96, seed: int = 1) -> torch.Tensor:
@@ -88,6 +123,20 @@ def labels(
         mask_labels.append(masks)
         class_labels.append(torch.randint(0, num_labels, (number,), generator=generator))
     return {"mask_labels": mask_labels, "class_labels": class_labels}
+
+
+def detection_labels(
+    objects: tuple[int, ...] = (3, 1), num_labels: int = 4, seed: int = 2
+) -> list[dict[str, torch.Tensor]]:
+    """Boxes inside the image with random classes, `objects[i]` of them in image i."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = []
+    for number in objects:
+        sizes = 0.1 + 0.3 * torch.rand((number, 2), generator=generator)
+        centres = sizes / 2 + (1 - sizes) * torch.rand((number, 2), generator=generator)
+        classes = torch.randint(0, num_labels, (number,), generator=generator)
+        labels.append({"class_labels": classes, "boxes": torch.cat((centres, sizes), dim=1)})
+    return labels
 
 
 def as_products(mask_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,6 +20,7 @@ FLOORS = (  # from the ground up; rooms on one floor do not know each other
     {"hub"},
     {"models"},  # what the families share
     {"models.mask2former"},
+    {"models.dino"},
     {"cost", "visualization"},
     {"data"},
     {"benchmarking", "convert", "evaluation", "paper"},

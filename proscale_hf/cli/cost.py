@@ -26,6 +26,9 @@ COLUMNS = {
     "backbone_gflops": "backbone",
     "encoder_gflops": "encoder",
     "mask_decoder_gflops": "mask decoder",
+    "projections_gflops": "projections",
+    "query_selection_gflops": "query selection",
+    "decoder_gflops": "decoder",
     "post_processing_gflops": "post-processing",
     "forward_gflops": "forward",
     "activations_millions": "activations (M)",
@@ -112,13 +115,14 @@ def print_records(records: Sequence[dict[str, Any]], text_format: str) -> None:
 
 def to_table(records: Sequence[dict[str, Any]]) -> str:
     """A Markdown table, and what its columns mean."""
+    columns = {key: title for key, title in COLUMNS.items() if key in records[0]}  # each family has its stages
     lines = [
         f"{records[0]['model']}, {records[0]['parameters_millions']:.2f} M parameters",
         "",
-        f"| size | {' | '.join(COLUMNS.values())} |",
-        f"| --- |{' ---: |' * len(COLUMNS)}",
+        f"| size | {' | '.join(columns.values())} |",
+        f"| --- |{' ---: |' * len(columns)}",
         *(
-            f"| {record['height']} x {record['width']} | {' | '.join(f'{record[key]:.2f}' for key in COLUMNS)} |"
+            f"| {record['height']} x {record['width']} | {' | '.join(f'{record[key]:.2f}' for key in columns)} |"
             for record in records
         ),
         "",

@@ -52,5 +52,8 @@ class Family:
 
 FAMILIES = {
     family.model_type: family
-    for family in (Family("proscale_mask2former", folder="mask2former", class_prefix="ProScaleMask2Former"),)
+    for family in (
+        Family("proscale_mask2former", folder="mask2former", class_prefix="ProScaleMask2Former"),
+        Family("proscale_dino", folder="dino", class_prefix="ProScaleDino"),
+    )
 }

@@ -10,6 +10,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedConfig
 
+from proscale_hf.hub import detection_card
+
 
 TASK = "image-segmentation"
 ANY_MODEL = "path-or-hub-id"  # in the examples, where the repository has no name yet
@@ -114,19 +116,19 @@ def model_card(
     title = f"{_architecture(config)}, {_backbone_name(config.backbone_config)}"
     metadata = ModelCardData(
         library_name="transformers",
-        pipeline_tag=TASK,
-        tags=["proscale", "mask2former", *_tasks(things), *map(_one_line, tags)],
+        pipeline_tag=_pipeline_task(config),
+        tags=["proscale", *_tags(config, things), *map(_one_line, tags)],
         datasets=list(datasets) or None,
         base_model=base_model,
         model_name=title if metrics else None,
-        eval_results=_eval_results(metrics or {}, evaluated_on),
+        eval_results=_eval_results(metrics or {}, evaluated_on, _pipeline_task(config)),
         **_license_metadata(config.weights_license),
     )
     sections = (
         f"# {_markdown(title)}",
         _description(config),
         _facts(config, settings, things),
-        _use(repo_id or ANY_MODEL, things),
+        _use(config, repo_id or ANY_MODEL, things),
         _classes(config, things),
         costs,
         _metrics(metrics or {}, evaluated_on),
@@ -159,7 +161,22 @@ def _tasks(things: Mapping[int, bool | None]) -> list[str]:
     return ["panoptic-segmentation", "instance-segmentation", "semantic-segmentation"]
 
 
+def _detects(config: PreTrainedConfig) -> bool:
+    """Whether the model finds boxes, and no masks."""
+    return "AutoModelForObjectDetection" in config.auto_classes
+
+
+def _pipeline_task(config: PreTrainedConfig) -> str:
+    return detection_card.TASK if _detects(config) else TASK
+
+
+def _tags(config: PreTrainedConfig, things: Mapping[int, bool | None]) -> list[str]:
+    return ["dino", detection_card.TASK] if _detects(config) else ["mask2former", *_tasks(things)]
+
+
 def _architecture(config: PreTrainedConfig) -> str:
+    if _detects(config):
+        return detection_card.architecture(config)
     if config.encoder == "proscale":
         return f"PRO-SCALE ({', '.join(map(str, config.encoder_stage_layers))})"
     is_light = config.pixel_embedding in ("maxpool", "avgpool")
@@ -179,6 +196,8 @@ def _backbone_name(backbone: Any) -> str:
 
 
 def _description(config: PreTrainedConfig) -> str:
+    if _detects(config):
+        return detection_card.DESCRIPTIONS[config.encoder]
     mask2former = "[Mask2Former](https://arxiv.org/abs/2112.01527)"
     if config.encoder != "proscale":
         return (
@@ -195,6 +214,8 @@ def _description(config: PreTrainedConfig) -> str:
 
 def _facts(config: PreTrainedConfig, settings: Mapping[str, Any], things: Mapping[int, bool | None]) -> str:
     tasks = [task.removesuffix("-segmentation") for task in _tasks(things)]
+    if _detects(config):
+        tasks = ["object detection"]
     facts = [("Task", ", ".join(tasks)), ("Backbone", _backbone_name(config.backbone_config))]
     if config.encoder == "proscale":
         layers = ", ".join(map(str, config.encoder_stage_layers))
@@ -202,7 +223,7 @@ def _facts(config: PreTrainedConfig, settings: Mapping[str, Any], things: Mappin
     elif config.encoder == "rt":
         facts.append(("Encoder", "RT-DETR"))
     else:
-        paper = "Lite-DETR" if config.encoder == "lite" else "Mask2Former"
+        paper = {"lite": "Lite-DETR", "mask2former": "Mask2Former", "dino": "DINO"}[config.encoder]
         facts.append(("Encoder", f"{paper}, {config.encoder_layers} layers"))
     kinds = [name for flag, name in ((True, "things"), (False, "stuff"), (None, "of unknown kind"))]
     counts = [list(things.values()).count(flag) for flag in (True, False, None)]
@@ -242,15 +263,22 @@ def input_size(settings: Mapping[str, Any]) -> tuple[int, int]:
     return USUAL_SIZE
 
 
-def _use(repo_id: str, things: Mapping[int, bool | None]) -> str:
-    name = json.dumps(repo_id)
-    task = _tasks(things)[0].removesuffix("-segmentation")
-    targets = "target_sizes=[(image.height, image.width)]"
+def _use(config: PreTrainedConfig, repo_id: str, things: Mapping[int, bool | None]) -> str:
+    examples = detection_card.use(repo_id) if _detects(config) else _segmentation_examples(repo_id, things)
     return f"""## Use it
 
 The code is part of this repository; `trust_remote_code=True` lets Transformers run it.
 
-```python
+{examples}
+
+With the package `proscale_hf` installed, `import proscale_hf` first, and leave `trust_remote_code=True` away."""
+
+
+def _segmentation_examples(repo_id: str, things: Mapping[int, bool | None]) -> str:
+    name = json.dumps(repo_id)
+    task = _tasks(things)[0].removesuffix("-segmentation")
+    targets = "target_sizes=[(image.height, image.width)]"
+    return f"""```python
 from transformers import pipeline
 
 segmenter = pipeline("{TASK}", model={name}, trust_remote_code=True)
@@ -271,9 +299,7 @@ image = Image.open("photo.jpg")
 with torch.no_grad():
     outputs = model(**processor(image, return_tensors="pt"))
 result = processor.post_process_{task}_segmentation(outputs, {targets})[0]
-```
-
-With the package `proscale_hf` installed, `import proscale_hf` first, and leave `trust_remote_code=True` away."""
+```"""
 
 
 def _classes(config: PreTrainedConfig, things: Mapping[int, bool | None]) -> str:
@@ -302,13 +328,7 @@ def cost_section(cost: Any, height: int, width: int) -> str:
     Returns:
         The card's section on it, as Markdown.
     """
-    rows = {
-        "backbone": cost.backbone_gflops,
-        "encoder (pixel decoder)": cost.encoder_gflops,
-        "mask decoder": cost.mask_decoder_gflops,
-        "post-processing": cost.post_processing_gflops,
-        "total": cost.total_gflops,
-    }
+    rows = {**cost.stages, "total": cost.total_gflops}
     table = _table(("stage", "GFLOPs"), [(name, f"{value:.2f}") for name, value in rows.items()])
     return f"""{COST_HEADING}
 
@@ -328,11 +348,11 @@ def _metrics(metrics: Mapping[str, float], evaluated_on: str | None) -> str:
     return f"## Results\n\nOn {_markdown(evaluated_on)}:\n\n{_table(('metric', 'value'), rows)}"
 
 
-def _eval_results(metrics: Mapping[str, float], evaluated_on: str | None) -> list[EvalResult] | None:
+def _eval_results(metrics: Mapping[str, float], evaluated_on: str | None, task: str) -> list[EvalResult] | None:
     """What becomes `model-index` in the metadata."""
     return [
         EvalResult(
-            task_type=TASK,
+            task_type=task,
             dataset_type=_slug(evaluated_on),
             dataset_name=_one_line(evaluated_on),
             metric_type=_slug(name),
@@ -359,8 +379,11 @@ def _license(weights_license: str | None) -> str:
 
 
 def _citation(config: PreTrainedConfig) -> str:
-    is_proscale = config.encoder != "mask2former" or config.pixel_embedding != "conv"
-    papers = [PROSCALE_PAPER, MASK2FORMER_PAPER] if is_proscale else [MASK2FORMER_PAPER]
+    if _detects(config):
+        is_proscale, own = config.encoder != "dino", detection_card.DINO_PAPER
+    else:
+        is_proscale, own = config.encoder != "mask2former" or config.pixel_embedding != "conv", MASK2FORMER_PAPER
+    papers = [PROSCALE_PAPER, own] if is_proscale else [own]
     return "## Citation\n\n```bibtex\n" + "\n\n".join(papers) + "\n```"
 
 

@@ -5,7 +5,7 @@ sampling count by estimates, the rest counts nothing. The same is done here on t
 takes no memory, and does not depend on the attention kernels in use.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ ACTIVATIONS = dict.fromkeys(flop_registry, _by_output(1))  # all it knows are co
 @dataclass(frozen=True)
 class Cost:
     """
-    What one image costs. A GFLOP is 10^9 multiply-adds, as in the papers.
+    What one image costs a segmentation model. A GFLOP is 10^9 multiply-adds, as in the papers.
 
     Attributes:
         total_gflops: all stages and post-processing.
@@ -72,6 +72,22 @@ class Cost:
     forward_gflops: float
     parameters_millions: float
     activations_millions: float
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """GFLOPs of the stages by their names in the papers; they add up to the total."""
+        return {
+            "backbone": self.backbone_gflops,
+            "encoder (pixel decoder)": self.encoder_gflops,
+            "mask decoder": self.mask_decoder_gflops,
+            "post-processing": self.post_processing_gflops,
+        }
+
+
+def check_size(height: int, width: int) -> None:
+    """Raises a ValueError unless an image can have this size."""
+    if min(height, width) < 1:
+        raise ValueError(f"`height` and `width` must be at least 1, got {height} x {width}.")
 
 
 def shapes_only(
@@ -109,9 +125,9 @@ class CountedSampling:
         return value.new_empty((batch, sampling_locations.shape[1], heads * head_dim))
 
 
-def count(run: Callable[[], Any]) -> tuple[Any, int]:
-    """What `run` returns, and its multiply-adds."""
-    counter = FlopCounterMode(display=False, custom_mapping=OPERATION_COSTS)
+def count(run: Callable[[], Any], costs: Mapping[Any, Callable] = OPERATION_COSTS) -> tuple[Any, int]:
+    """What `run` returns, and its multiply-adds; with other `costs` than the usual ones if they are given."""
+    counter = FlopCounterMode(display=False, custom_mapping=dict(costs))
     with torch.no_grad(), counter:
         result = run()
     return result, counter.get_total_flops() // 2

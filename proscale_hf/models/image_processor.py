@@ -34,7 +34,7 @@ from proscale_hf.hub.upload import HubRepository, split_hub_arguments
 from proscale_hf.models.installed import renew_card, resolved
 from proscale_hf.processing.pixels import read_pixels
 from proscale_hf.processing.settings import SettingsError, check_settings
-from proscale_hf.processing.sizes import ImageSizes, pixel_mask, sizes_in_batch
+from proscale_hf.processing.sizes import ImageSizes, pixel_mask, resized_size, sizes_in_batch
 
 
 try:
@@ -75,6 +75,7 @@ class ImageProcessorMixin:
     rescale_factor = 1 / 255
     do_normalize = True
     size_divisor = 32
+    resize_rule = staticmethod(resized_size)
     model_input_names = ["pixel_values", "pixel_mask"]  # noqa: RUF012
 
     def __init__(self, **kwargs: Any):
@@ -186,6 +187,7 @@ class ImageProcessorMixin:
             settings["size"] if settings["do_resize"] else None,
             settings["pad_size"],
             settings["size_divisor"] or 1,
+            self.resize_rule,
         )
         tensor_type = settings["return_tensors"] or ("np" if self.backend == "pil" else "pt")
         pixel_values = self._normalized_batch(pictures, sizes, **settings)

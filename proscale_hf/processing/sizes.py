@@ -1,6 +1,6 @@
 """Sizes of images: resized, padded, and of the batch they are in. A size is (height, width), in pixels."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from transformers.image_utils import SizeDict
 
 
 Size = tuple[int, int]  # height, width
+ResizeRule = Callable[[Size, SizeDict], Size]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,11 @@ class ImageSizes:
 
 
 def sizes_in_batch(
-    originals: Iterable[Size], size: SizeDict | None, pad_size: SizeDict | None, divisor: int
+    originals: Iterable[Size],
+    size: SizeDict | None,
+    pad_size: SizeDict | None,
+    divisor: int,
+    resize_rule: ResizeRule | None = None,
 ) -> list[ImageSizes]:
     """
     Sizes of images that become one batch.
@@ -38,12 +43,13 @@ def sizes_in_batch(
         size: what they are resized to, see [`resized_size`]; `None`: they stay as they are.
         pad_size: size of the batch; `None`: the largest of the images, rounded up to multiples of `divisor`.
         divisor: see `pad_size`; at least 1.
+        resize_rule: [`resized_size`], or another with its arguments.
 
     Raises:
         `ValueError`: `size` is incomplete, or an image does not fit into `pad_size`.
     """
     originals = [(height, width) for height, width in originals]
-    resized = originals if size is None else [resized_size(original, size) for original in originals]
+    resized = originals if size is None else [(resize_rule or resized_size)(original, size) for original in originals]
     padded = padded_size(resized, pad_size, divisor)
     return [ImageSizes(original, new, padded) for original, new in zip(originals, resized, strict=True)]
 
@@ -73,6 +79,27 @@ def resized_size(image_size: Size, size: SizeDict) -> Size:
     else:
         raise ValueError(f"`size` needs shortest_edge, longest_edge, height + width or max_height + max_width: {size}")
     return max(1, int(height + 0.5)), max(1, int(width + 0.5))
+
+
+def resized_size_in_detr(image_size: Size, size: SizeDict) -> Size:
+    """
+    DETR's resize rule: as [`resized_size`], but the longer side follows from the rounded shorter one, and is cut off.
+
+    Args:
+        image_size: (height, width).
+        size: as there.
+
+    Raises:
+        `ValueError`: as there.
+    """
+    if not size.shortest_edge or (size.height and size.width):
+        return resized_size(image_size, size)
+    shorter, longer = sorted(image_size)
+    target = size.shortest_edge
+    if size.longest_edge and longer / shorter * target > size.longest_edge:
+        target = max(1, round(size.longest_edge * shorter / longer))
+    height, width = (target if side == shorter else int(target * side / shorter) for side in image_size)
+    return height, width
 
 
 def padded_size(sizes: list[Size], pad_size: SizeDict | None, divisor: int) -> Size:

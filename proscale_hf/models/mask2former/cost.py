@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from proscale_hf.models.counting import ACTIVATIONS, BILINEAR, Cost, count, shapes_only
+from proscale_hf.models.counting import ACTIVATIONS, BILINEAR, Cost, check_size, count, shapes_only
 from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
 from proscale_hf.models.mask2former.mask_decoder import predict_masks
 
@@ -27,8 +27,7 @@ def measure_cost(
     Raises:
         ValueError: `height` or `width` is not at least 1.
     """
-    if min(height, width) < 1:
-        raise ValueError(f"`height` and `width` must be at least 1, got {height} x {width}.")
+    check_size(height, width)
     return _measure(segmenter_class, type(config), config.to_json_string(), height, width)
 
 

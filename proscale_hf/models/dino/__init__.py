@@ -1,0 +1,1 @@
+"""DINO detection with PRO-SCALE: configuration, model, image processors."""
