@@ -12,6 +12,7 @@ from proscale_hf.cli.console import CommandError, needed_libraries, quiet_librar
 # A source is a module in `proscale_hf/convert` of the same name, with `add_options(parser)` and `run(options)`.
 SOURCES = {
     "detectron2": "a detectron2 checkpoint of Mask2Former or PRO-SCALE",
+    "dino": "a checkpoint of the original DINO, with a ResNet or a Swin backbone",
     "transformers-mask2former": "a Mask2Former model of transformers, as it is, or with another encoder",
 }
 

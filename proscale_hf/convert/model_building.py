@@ -5,15 +5,17 @@ from collections import defaultdict
 import torch
 import transformers
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
 from proscale_hf.models.mask2former.modeling_proscale_mask2former import ProScaleMask2FormerForUniversalSegmentation
 
 
-def expected_tensors(config: ProScaleMask2FormerConfig) -> dict[str, Tensor]:
+def expected_tensors(
+    config: PreTrainedConfig, model_class: type[PreTrainedModel] = ProScaleMask2FormerForUniversalSegmentation
+) -> dict[str, Tensor]:
     """Names, shapes and types of a model's state dict, as tensors on the meta device."""
     with torch.device("meta"):
-        return ProScaleMask2FormerForUniversalSegmentation(config).state_dict()
+        return model_class(config).state_dict()
 
 
 def to_float32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -28,8 +30,10 @@ def to_float32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def build_model(
-    config: ProScaleMask2FormerConfig, state: dict[str, Tensor]
-) -> ProScaleMask2FormerForUniversalSegmentation:
+    config: PreTrainedConfig,
+    state: dict[str, Tensor],
+    model_class: type[PreTrainedModel] = ProScaleMask2FormerForUniversalSegmentation,
+) -> PreTrainedModel:
     """
     Build a model whose weights are, where possible, the given tensors and not copies of them.
 
@@ -37,6 +41,7 @@ def build_model(
         config: The model's configuration.
         state: The model's state dict or a part of it, in float32. It is emptied, so that a large tensor is freed as
             soon as its parts are copied. Tensors on the meta device count as absent.
+        model_class: The model's class.
 
     Returns:
         The model in evaluation mode. Absent weights are initialised as in a new model.
@@ -47,9 +52,7 @@ def build_model(
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # the caller knows what is absent
     try:
-        return ProScaleMask2FormerForUniversalSegmentation.from_pretrained(
-            None, config=config, state_dict=own, dtype=torch.float32
-        )
+        return model_class.from_pretrained(None, config=config, state_dict=own, dtype=torch.float32)
     finally:
         transformers.logging.set_verbosity(verbosity)
 

@@ -49,6 +49,16 @@ class Stateful:
         raise NotImplementedError
 
 
+class Settings(Stateful):
+    """What stands for an `argparse.Namespace`, which is never built: its attributes are values in a dictionary."""
+
+    def __init__(self):
+        self.values: dict[str, Any] = {}
+
+    def set_state(self, state: Any) -> None:
+        self.values = _expect(dict, state)
+
+
 def dict_of(pairs: Iterable[Any] = ()) -> dict[Any, Any]:
     """A dictionary of (key, value) pairs, whose keys must be plain values."""
     result = {}
@@ -140,8 +150,11 @@ def read_pickle(
             case "BUILD":
                 state = stack.pop()
                 if not isinstance(stack[-1], dict):  # attributes of a state dict: the versions of its modules
-                    given = _checked_sum(given, _expect(tuple, state), file.tell())
+                    parts = (state,) if isinstance(stack[-1], Settings) else _expect(tuple, state)
+                    given = _checked_sum(given, parts, file.tell())
                     _expect(Stateful, stack[-1]).set_state(state)
+            case "NEWOBJ" if isinstance(stack[-2], Named) and stack[-2].meaning is Settings:
+                stack[-2:] = [Settings(*_expect(tuple, stack[-1]))]
             case "BINPERSID" if read_persistent is not None:
                 stack.append(read_persistent(stack.pop()))
             case "STOP":

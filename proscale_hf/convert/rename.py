@@ -6,7 +6,7 @@ tensor into equal parts along its first axis, such as query, key and value.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ class Rule(NamedTuple):
     target: str | tuple[str, ...]
 
 
-def _below(source: str, target: str, *rules: Rule) -> tuple[Rule, ...]:
+def below(source: str, target: str, *rules: Rule) -> tuple[Rule, ...]:
     """The rules, with a prefix put in front of both sides."""
 
     def prefixed(targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
@@ -30,19 +30,19 @@ def _below(source: str, target: str, *rules: Rule) -> tuple[Rule, ...]:
     return tuple(Rule(source + rule.source, prefixed(rule.target)) for rule in rules)
 
 
-def _query_key_value(target: str) -> tuple[str, ...]:
+def query_key_value(target: str) -> tuple[str, ...]:
     return tuple(f"{target}{name}_proj." for name in "qkv")
 
 
 SWIN = (
     Rule("patch_embed.proj.", "swin.embeddings.patch_embeddings.projection."),
     Rule("patch_embed.norm.", "swin.embeddings.norm."),
-    *_below(
+    *below(
         "layers.*.",
         "swin.encoder.layers.*.",
         Rule("blocks.*.norm1.", "blocks.*.layernorm_before."),
         Rule("blocks.*.attn.", "blocks.*.attention.relative_position_bias."),
-        Rule("blocks.*.attn.qkv.", _query_key_value("blocks.*.attention.")),
+        Rule("blocks.*.attn.qkv.", query_key_value("blocks.*.attention.")),
         Rule("blocks.*.attn.proj.", "blocks.*.attention.o_proj."),
         Rule("blocks.*.norm2.", "blocks.*.layernorm_after."),
         Rule("blocks.*.mlp.fc1.", "blocks.*.mlp.fc1."),
@@ -64,7 +64,7 @@ RESNET = (
     *(
         rule
         for stage in range(4)
-        for rule in _below(
+        for rule in below(
             f"res{stage + 2}.*.",
             f"encoder.stages.{stage}.layers.*.",
             *_convolution("shortcut", "shortcut"),
@@ -78,7 +78,7 @@ RESNET = (
 PIXEL_DECODER = (
     Rule("input_proj.*.*.", "input_projections.*.*."),
     Rule("transformer.", ""),  # level_embed, the only parameter at this level
-    *_below(
+    *below(
         "transformer.encoder.layers.*.",
         "encoder.layers.*.",
         Rule("self_attn.sampling_offsets.", "self_attn.sampling_offsets."),
@@ -103,21 +103,21 @@ MASK_DECODER = (
     Rule("level_embed.", "level_embed."),
     Rule("query_embed.", "queries_embedder."),
     Rule("query_feat.", "queries_features."),
-    *_below(
+    *below(
         "transformer_self_attention_layers.*.",
         "decoder.layers.*.",
-        Rule("self_attn.in_proj_", _query_key_value("self_attn.")),
+        Rule("self_attn.in_proj_", query_key_value("self_attn.")),
         Rule("self_attn.out_proj.", "self_attn.out_proj."),
         Rule("norm.", "self_attn_layer_norm."),
     ),
-    *_below(
+    *below(
         "transformer_cross_attention_layers.*.",
         "decoder.layers.*.",
         Rule("multihead_attn.in_proj_", "cross_attn.in_proj_"),
         Rule("multihead_attn.out_proj.", "cross_attn.out_proj."),
         Rule("norm.", "cross_attn_layer_norm."),
     ),
-    *_below(
+    *below(
         "transformer_ffn_layers.*.",
         "decoder.layers.*.",
         Rule("linear1.", "fc1."),
@@ -129,9 +129,9 @@ MASK_DECODER = (
 )
 
 RULES = (
-    *_below("backbone.", "model.pixel_level_module.encoder.", *SWIN, *RESNET),
-    *_below("sem_seg_head.pixel_decoder.", "model.pixel_level_module.decoder.", *PIXEL_DECODER),
-    *_below("sem_seg_head.predictor.", "model.transformer_module.", *MASK_DECODER),
+    *below("backbone.", "model.pixel_level_module.encoder.", *SWIN, *RESNET),
+    *below("sem_seg_head.pixel_decoder.", "model.pixel_level_module.decoder.", *PIXEL_DECODER),
+    *below("sem_seg_head.predictor.", "model.transformer_module.", *MASK_DECODER),
     Rule("sem_seg_head.predictor.class_embed.", "class_predictor."),
 )
 
@@ -154,6 +154,33 @@ WRAPPER = "module."  # what `DistributedDataParallel` puts in front of every nam
 LISTED = 20  # names in an error message; a checkpoint of another architecture has hundreds of misfits
 
 
+CompiledRule = tuple[re.Pattern[str], tuple[str, ...]]
+
+
+def compiled(rules: Iterable[Rule]) -> tuple[CompiledRule, ...]:
+    """Rules in the form that `translated` needs."""
+    return tuple(map(_compiled, rules))
+
+
+def _compiled(rule: Rule) -> CompiledRule:
+    targets = (rule.target,) if isinstance(rule.target, str) else rule.target
+    pattern = re.escape(rule.source).replace(r"\*", r"(\d+)") + "([a-z_]+)"
+    return re.compile(pattern), tuple(target.replace("*", "{}") for target in targets)
+
+
+COMPILED_RULES = compiled(RULES)
+
+
+def translated(source_name: str, rules: Iterable[CompiledRule]) -> tuple[str, ...]:
+    """The names that the first rule that fits gives: none if no rule fits, several if the tensor must be cut."""
+    for pattern, targets in rules:
+        match = pattern.fullmatch(source_name)
+        if match:
+            *numbers, last_word = match.groups()
+            return tuple(target.format(*numbers) + last_word for target in targets)
+    return ()
+
+
 def target_names(source_name: str) -> tuple[str, ...]:
     """
     Translate a detectron2 name.
@@ -166,21 +193,7 @@ def target_names(source_name: str) -> tuple[str, ...]:
     """
     for pattern, replacement in OLD_NAMES:
         source_name = re.sub(pattern, replacement, source_name)
-    for pattern, targets in COMPILED_RULES:
-        match = pattern.fullmatch(source_name)
-        if match:
-            *numbers, last_word = match.groups()
-            return tuple(target.format(*numbers) + last_word for target in targets)
-    return ()
-
-
-def _compiled(rule: Rule) -> tuple[re.Pattern[str], tuple[str, ...]]:
-    targets = (rule.target,) if isinstance(rule.target, str) else rule.target
-    pattern = re.escape(rule.source).replace(r"\*", r"(\d+)") + "([a-z_]+)"
-    return re.compile(pattern), tuple(target.replace("*", "{}") for target in targets)
-
-
-COMPILED_RULES = tuple(_compiled(rule) for rule in RULES)
+    return translated(source_name, COMPILED_RULES)
 
 
 def rename_state_dict(source: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,15 +12,16 @@ Time and memory are in proportion to the file's size: what a file uses many time
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from proscale_hf.convert import ConversionError
-from proscale_hf.convert.pickle_machine import RefusedPickleError
+from proscale_hf.convert.pickle_machine import RefusedPickleError, Settings
 from proscale_hf.convert.pickled_arrays import PickledArray, read_plain_pickle
 from proscale_hf.convert.torch_files import (
     OLD_TORCH_START,
@@ -33,6 +34,8 @@ from proscale_hf.convert.torch_files import (
 from proscale_hf.files.reading import open_file, reading
 from proscale_hf.files.text import FEW, printable, shown
 
+
+T = TypeVar("T")
 
 ZIP_START = b"PK\x03\x04"
 PLAIN_PICKLE_STARTS = b"\x80(}]c"  # the version, or the first operation of a container in versions 0 and 1
@@ -59,13 +62,43 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
         ConversionError: the file is missing or damaged, calls something that weights do not need, claims more
             data than it has, or holds no state dict.
     """
+    return _use_content(path, lambda content: _state_dict(path, content))
+
+
+def load_checkpoint_and_settings(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """
+    Load a checkpoint as DETR's successors write it, with the settings of its training.
+
+    Args:
+        path: As in [`load_checkpoint`].
+
+    Returns:
+        Tensors as there, of the averaged model `"ema_model"` if the file has one; and the values of the
+        `argparse.Namespace` `"args"`, or None if there is none.
+
+    Raises:
+        ConversionError: as there.
+    """
+
+    def use(content: Any) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        settings = None
+        if isinstance(content, dict):
+            settings = content.get("args")
+            content["model"] = content.get("ema_model") or content.get("model")
+        return _state_dict(path, content), settings.values if isinstance(settings, Settings) else None
+
+    return _use_content(path, use)
+
+
+def _use_content(path: str | Path, use: Callable[[Any], T]) -> T:
+    """What a function makes of a file's content, while the file is open."""
     if not Path(path).exists():
         raise ConversionError(f"There is no checkpoint file {path}.")
     with reading(path, "is damaged, or no checkpoint in torch's or pickle's format", ConversionError, _reason):
         try:
             with warnings.catch_warnings(), open_file(path, "checkpoint file") as file:
                 warnings.simplefilter("ignore")  # the readers warn about files that are refused here in one line
-                return _state_dict(path, _read(path, BoundedFile(file, os.fstat(file.fileno()).st_size)))
+                return use(_read(path, BoundedFile(file, os.fstat(file.fileno()).st_size)))
         except RefusedPickleError as error:
             raise ConversionError(f"{path} is refused: {error}.") from error
 

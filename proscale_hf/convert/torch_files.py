@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from proscale_hf.convert.pickle_machine import Named, RefusedPickleError, dict_of, read_pickle
+from proscale_hf.convert.pickle_machine import Named, RefusedPickleError, Settings, dict_of, read_pickle
 from proscale_hf.files.text import printable
 
 
@@ -155,6 +155,7 @@ def encode_latin1(text: str, encoding: str) -> bytes:
 COMMON_MEANINGS = {"collections.OrderedDict": dict_of, "_codecs.encode": encode_latin1}
 TORCH_MEANINGS = {
     **COMMON_MEANINGS,
+    "argparse.Namespace": Settings,  # how a model was trained
     "collections.Counter": lambda counts: dict_of(counts.items()),
     "torch._utils._rebuild_tensor": DescribedTensor,
     "torch._utils._rebuild_tensor_v2": DescribedTensor,

@@ -5,7 +5,6 @@ below. A JSON file of the same name beside it (`expected.json` for `expected.saf
 need: sizes, thresholds, and which labels are things and stuff.
 """
 
-import contextlib
 import itertools
 import json
 import re
@@ -13,9 +12,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -23,6 +21,16 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import ModelOutput
 
 from proscale_hf.convert import ConversionError
+from proscale_hf.convert.comparison import (
+    Comparison,
+    check_shape,
+    one_thread,
+    relative_error,
+    run_model,
+    shape_text,
+    table,
+    table_of,
+)
 from proscale_hf.files.reading import read_bytes, reading
 from proscale_hf.files.text import one_line
 from proscale_hf.models.mask2former.modeling_proscale_mask2former import ProScaleMask2FormerForUniversalSegmentation
@@ -42,15 +50,6 @@ MAP = re.compile(r"(panoptic_seg|sem_seg_argmax|instance_masks)_\d+")
 LARGEST_FACTS = 2**24  # bytes
 NO_LABELS: Mapping[int, int] = MappingProxyType({})
 MAP_TOLERANCE = 1e-3  # share of pixels: a pixel at an edge may fall to either side
-
-
-class Comparison(NamedTuple):
-    """One recorded tensor compared with the model's: the error, and the largest error that is accepted."""
-
-    stage: str
-    shape: tuple[int, ...]
-    error: float
-    tolerance: float
 
 
 def report_on_image(
@@ -79,7 +78,7 @@ def report_on_image(
     except ValueError as error:
         raise ConversionError(str(error)) from error
     start = time.perf_counter()
-    output = _run(model, **inputs)
+    output = run_model(model, **inputs)
     seconds = time.perf_counter() - start
     for name in ("class_queries_logits", "masks_queries_logits"):
         broken = (~output[name].isfinite()).float().mean().item()
@@ -129,50 +128,19 @@ def compare_with_recorded(
     pixel_values = recorded["pixel_values"].float()
     auxiliary = any(name.startswith("aux.") for name in recorded)
     has_maps = any(MAP.fullmatch(name) for name in recorded)
-    with _one_thread():
-        output = _run(model, pixel_values, output_hidden_states=True, output_auxiliary_logits=auxiliary)
+    with one_thread():
+        output = run_model(model, pixel_values, output_hidden_states=True, output_auxiliary_logits=auxiliary)
 
-    comparisons = []
-    for comparison in itertools.chain(
+    comparisons = itertools.chain(
         _compare_images(image_processor, recorded, tolerance),
         _compare_stages(_stages(output), recorded, tolerance),
         _compare_maps(output, recorded, facts, path) if facts and has_maps else (),
-    ):
-        if not comparison.error <= comparison.tolerance:  # NaN departs as well
-            agree = f"; {', '.join(c.stage for c in comparisons)} agree" if comparisons else ""
-            raise ConversionError(
-                f"The model departs from {path} at {comparison.stage}: error {comparison.error:.2g}, "
-                f"tolerance {comparison.tolerance:.2g}{agree}."
-            )
-        comparisons.append(comparison)
-
-    table = _table(
-        ("stage", "shape", "error"), [(c.stage, " x ".join(map(str, c.shape)), f"{c.error:.1e}") for c in comparisons]
     )
-    lines = [table, f"{path}: all agree; error relative to each tensor's maximum, at most {tolerance:.2g}"]
+    errors = table_of(comparisons, path)
+    lines = [errors, f"{path}: all agree; error relative to each tensor's maximum, at most {tolerance:.2g}"]
     if has_maps and not facts:
         lines.append(f"segmentation maps not compared: there is no {path.with_suffix('.json').name} with their sizes")
     return "\n".join(lines)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run a `with` block on one thread: more threads round differently, which can flip a pixel of an attention mask."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _run(model: ProScaleMask2FormerForUniversalSegmentation, pixel_values: Tensor, **options: Any) -> ModelOutput:
-    options = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in options.items()}
-    try:
-        with torch.inference_mode():
-            return model(pixel_values.to(model.device), **options, return_dict=True)
-    except (RuntimeError, ValueError, MemoryError) as error:  # RuntimeError: too little memory, or another shape
-        raise ConversionError(f"The model fails on pixels of {_shape(pixel_values)}: {one_line(error)}") from error
 
 
 def _segments(
@@ -205,7 +173,7 @@ def _segment_table(segments: Sequence[Segment], pixels: int) -> str:
         for segment in segments[:LONGEST_TABLE]
     ]
     more = f"\nand {len(segments) - LONGEST_TABLE} more" if len(segments) > LONGEST_TABLE else ""
-    return _table(("label", "kind", "score", "area"), rows) + more
+    return table(("label", "kind", "score", "area"), rows) + more
 
 
 def _best_queries(model: ProScaleMask2FormerForUniversalSegmentation, output: ModelOutput) -> str:
@@ -214,15 +182,7 @@ def _best_queries(model: ProScaleMask2FormerForUniversalSegmentation, output: Mo
     scores, labels = probabilities.max(-1)
     best = scores.topk(min(BEST_QUERIES, len(scores))).indices.tolist()
     rows = [(model.config.id2label[labels[q].item()][:LONGEST_NAME], f"{scores[q]:.2g}", str(q)) for q in best]
-    return "nothing passed the thresholds; the most confident queries were\n" + _table(
-        ("label", "score", "query"), rows
-    )
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows))
-    return "\n".join(line.rstrip() for line in lines)
+    return "nothing passed the thresholds; the most confident queries were\n" + table(("label", "score", "query"), rows)
 
 
 def _read_recorded(path: Path) -> dict[str, Tensor]:
@@ -234,7 +194,7 @@ def _read_recorded(path: Path) -> dict[str, Tensor]:
     if pixel_values.ndim != 4 or not pixel_values.is_floating_point() or not pixel_values.numel():
         raise ConversionError(
             f"pixel_values of {path} must be floating-point numbers (batch, channels, height, width), but are "
-            f"{pixel_values.dtype} of shape {_shape(pixel_values)}."
+            f"{pixel_values.dtype} of shape {shape_text(pixel_values)}."
         )
     if not any(STAGE.fullmatch(name) for name in recorded):
         raise ConversionError(
@@ -281,7 +241,7 @@ def _compare_images(
     except ValueError as error:
         raise ConversionError(f"The recorded image_0, ... are no pictures: {one_line(error)}.") from error
     if inputs["pixel_values"].shape == expected.shape:
-        yield Comparison("pixel_values", expected.shape, _error(inputs["pixel_values"], expected), tolerance)
+        yield Comparison("pixel_values", expected.shape, relative_error(inputs["pixel_values"], expected), tolerance)
 
 
 def _compare_stages(
@@ -289,8 +249,8 @@ def _compare_stages(
 ) -> Iterator[Comparison]:
     for name, tensor in computed.items():
         if name in recorded:
-            _check_shape(name, tensor, recorded[name])
-            yield Comparison(name, tensor.shape, _error(tensor, recorded[name]), tolerance)
+            check_shape(name, tensor, recorded[name])
+            yield Comparison(name, tensor.shape, relative_error(tensor, recorded[name]), tolerance)
     unknown = [name for name in recorded if STAGE.fullmatch(name) and name not in computed]
     if unknown:
         raise ConversionError(f"The recorded model has {unknown[0]}, and the converted one has no such stage.")
@@ -343,7 +303,7 @@ def _compare_ids(
     expected_labels: Mapping[int, int] = NO_LABELS,
 ) -> Comparison:
     """The share of pixels with another id, or of a segment with another label."""
-    _check_shape(name, found_map, recorded[name])
+    check_shape(name, found_map, recorded[name])
     expected_map = recorded[name].long()
     differs = found_map.cpu() != expected_map
     for segment_id in found_labels.keys() | expected_labels.keys():
@@ -363,25 +323,8 @@ def _compare_instances(index: int, found: Mapping[str, Tensor], recorded: Mappin
             break
         distances = (found["scores"][candidates] - score).abs()
         nearest = candidates[distances.argmin()]
-        _check_shape(f"instance_masks_{index}", found["masks"][nearest], mask)
+        check_shape(f"instance_masks_{index}", found["masks"][nearest], mask)
         score_error = max(score_error, distances.min().item())
         mask_error = max(mask_error, (found["masks"][nearest] != mask.bool()).float().mean().item())
     yield Comparison(f"instance_scores_{index}", scores.shape, score_error, MAP_TOLERANCE)
     yield Comparison(f"instance_masks_{index}", masks.shape, mask_error, MAP_TOLERANCE)
-
-
-def _check_shape(stage: str, found: Tensor, recorded: Tensor) -> None:
-    if found.shape != recorded.shape:
-        raise ConversionError(
-            f"{stage} cannot be compared: {_shape(recorded)} is recorded, the model gives {_shape(found)}."
-        )
-
-
-def _error(found: Tensor, recorded: Tensor) -> float:
-    """Largest absolute error relative to the largest absolute value recorded."""
-    found, recorded = found.float().cpu(), recorded.float()
-    return ((found - recorded).abs().max() / recorded.abs().max().clamp(min=1e-30)).item()
-
-
-def _shape(tensor: Tensor) -> str:
-    return " x ".join(map(str, tensor.shape))
