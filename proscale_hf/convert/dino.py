@@ -26,7 +26,6 @@ from proscale_hf.models.dino.configuration_proscale_dino import ProScaleDinoConf
 from proscale_hf.models.dino.modeling_proscale_dino import ProScaleDinoForObjectDetection
 
 
-LICENSE = "apache-2.0"  # of the original's code and released weights
 COCO_LABELS = 91  # the largest of COCO's category ids, and 0; the original's labels are ids
 
 
@@ -62,7 +61,7 @@ def convert_checkpoint(
     if categories is not None and len(categories) != num_labels:
         raise ConversionError(f"{len(categories)} labels are given, but the checkpoint has {num_labels}.")
     try:
-        config = ProScaleDinoConfig(**model_fields, **label_settings(num_labels, categories), weights_license=LICENSE)
+        config = ProScaleDinoConfig(**model_fields, **label_settings(num_labels, categories))
     except ValueError as error:
         raise ConversionError(f"{checkpoint_path} describes no possible model: {error}") from error
     state = rename_state_dict(
