@@ -58,7 +58,7 @@ def load_backbone(config: PreTrainedConfig, feature_strides: Sequence[int]) -> n
 
 
 def check_strides(feature_maps: Sequence[torch.Tensor], size: tuple[int, int], feature_strides: Sequence[int]) -> None:
-    """Refuse maps that do not have the strides that the configuration declares.
+    """Refuse maps that do not have the strides that the configuration declares; not in graphs, which have any size.
 
     Args:
         feature_maps: (batch, channels, height, width) each, of the backbone.
@@ -68,6 +68,8 @@ def check_strides(feature_maps: Sequence[torch.Tensor], size: tuple[int, int], f
     Raises:
         ValueError: the sides of a map are not those of the image divided by its stride, rounded down or up.
     """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
     for feature_map, stride in zip(feature_maps, feature_strides, strict=True):
         shape = tuple(feature_map.shape[-2:])
         if not all(side // stride <= length <= -(-side // stride) for side, length in zip(size, shape, strict=True)):

@@ -76,7 +76,7 @@ class ImageProcessorMixin:
     do_normalize = True
     size_divisor = 32
     resize_rule = staticmethod(resized_size)
-    model_input_names = ["pixel_values", "pixel_mask"]  # noqa: RUF012
+    model_input_names = ["pixel_values", "pixel_mask", "image_sizes"]  # noqa: RUF012
 
     def __init__(self, **kwargs: Any):
         kwargs = self._translate_old_names(kwargs)

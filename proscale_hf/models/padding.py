@@ -100,6 +100,13 @@ def true_image_sizes(pixel_mask: torch.Tensor) -> torch.Tensor:
     return torch.stack((real.any(2).sum(1), real.any(1).sum(1)), dim=1).clamp(min=1)
 
 
+def mask_of_sizes(image_sizes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The opposite of [`true_image_sizes`]: (batch, height, width) bool, True where the images are."""
+    rows = torch.arange(height, device=image_sizes.device) < image_sizes[:, :1]
+    columns = torch.arange(width, device=image_sizes.device) < image_sizes[:, 1:]
+    return rows[:, :, None] & columns[:, None]
+
+
 def check_pixels(pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None, image_sizes: torch.Tensor | None) -> None:
     """Refuse inputs that cannot be an image batch.
 

@@ -20,7 +20,7 @@ from proscale_hf.models.dino.denoising import ContrastiveDenoising, DenoisingQue
 from proscale_hf.models.dino.heads import ClassHead
 from proscale_hf.models.dino.pixel_encoder import EncodedPixels, PixelEncoder
 from proscale_hf.models.dino.query_selection import ABSENT, QuerySelection, SelectedQueries
-from proscale_hf.models.padding import ImageBatch, prepare_images
+from proscale_hf.models.padding import ImageBatch, mask_of_sizes, prepare_images
 
 
 try:
@@ -51,7 +51,7 @@ class ProScaleDinoModelOutput(ModelOutput):
             denoising queries first; with `output_hidden_states`.
         decoder_attentions: self-attention weights per layer, (batch, heads, queries, queries), denoising queries
             first; with `output_attentions`.
-        image_sizes: (batch, 2) int64, height and width of each image without padding; with `pixel_mask`.
+        image_sizes: (batch, 2) int64, height and width of each image without padding; None if it was not given.
         padded_sizes: (batch, 2) int64, height and width of the padded batch, once for each image.
     """
 
@@ -151,6 +151,7 @@ class ProScaleDinoModel(ProScaleDinoPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        image_sizes: torch.Tensor | None = None,
     ) -> ProScaleDinoModelOutput | tuple:
         """
         Args:
@@ -160,6 +161,7 @@ class ProScaleDinoModel(ProScaleDinoPreTrainedModel):
             output_hidden_states: return all hidden states; default from the configuration.
             output_attentions: return the decoder's attention weights; default from the configuration.
             return_dict: a [`ProScaleDinoModelOutput`] rather than a tuple; default from the configuration.
+            image_sizes: instead of `pixel_mask`: (batch, 2), height and width of each image without padding.
 
         Returns:
             [`ProScaleDinoModelOutput`], or its fields that are not None as a tuple.
@@ -171,7 +173,7 @@ class ProScaleDinoModel(ProScaleDinoPreTrainedModel):
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         return_dict = config.return_dict if return_dict is None else return_dict
-        batch = prepare_images(pixel_values, pixel_mask, 1, config.batch_padding == "per_image")
+        batch = prepare_images(pixel_values, pixel_mask, image_sizes, 1, config.batch_padding == "per_image")
         encoded = self.encode(batch, pixel_mask)
         selected = self.query_selection(encoded.tokens, encoded.grid)
         denoising = self.denoising_queries(labels, pixel_values)
@@ -205,6 +207,8 @@ class ProScaleDinoModel(ProScaleDinoPreTrainedModel):
     def encode(self, batch: ImageBatch, pixel_mask: torch.Tensor | None) -> EncodedPixels:
         """Pixels -> enhanced tokens, with padding kept out as the configuration says."""
         pixel_values = batch.pixel_values.to(self.dtype)
+        if pixel_mask is None and batch.image_sizes is not None:
+            pixel_mask = mask_of_sizes(batch.image_sizes, *pixel_values.shape[-2:])
         # A compiled graph cannot depend on the sizes' values: there padding is masked.
         if batch.sizes_alone is None or torch.compiler.is_compiling():
             return self.pixel_encoder(pixel_values, pixel_mask)
@@ -275,6 +279,7 @@ class ProScaleDinoForObjectDetection(ProScaleDinoPreTrainedModel):
         output_auxiliary_logits: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        image_sizes: torch.Tensor | None = None,
     ) -> ProScaleDinoForObjectDetectionOutput | tuple:
         """
         Args:
@@ -286,6 +291,7 @@ class ProScaleDinoForObjectDetection(ProScaleDinoPreTrainedModel):
             output_auxiliary_logits: return the earlier layers' predictions; default from the configuration.
             output_attentions: return the decoder's attention weights; default from the configuration.
             return_dict: a dataclass rather than a tuple; default from the configuration.
+            image_sizes: instead of `pixel_mask`: (batch, 2), height and width of each image without padding.
 
         Returns:
             [`ProScaleDinoForObjectDetectionOutput`], or its fields that are not None as a tuple.
@@ -304,6 +310,7 @@ class ProScaleDinoForObjectDetection(ProScaleDinoPreTrainedModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
+            image_sizes=image_sizes,
         )
         needs_all = labels is not None or output_auxiliary_logits
         detections = self.detections(outputs, 0 if needs_all else -1)

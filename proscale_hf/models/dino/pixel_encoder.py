@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from proscale_hf.backbones.loading import freeze, load_backbone
+from proscale_hf.backbones.loading import check_strides, freeze, load_backbone
 from proscale_hf.encoders.choice import build_encoder
 from proscale_hf.layers.deformable_encoder import TokenGrid, maps_to_tokens
 from proscale_hf.models.dino.configuration_proscale_dino import ProScaleDinoConfig
@@ -51,7 +51,8 @@ class PixelEncoder(nn.Module):
 
     def __init__(self, config: ProScaleDinoConfig):
         super().__init__()
-        self.backbone = load_backbone(config, config.feature_strides)
+        self.strides = tuple(config.feature_strides)
+        self.backbone = load_backbone(config, self.strides)
         self.feature_levels = FeatureLevels(
             self.backbone.channels, config.num_feature_levels, config.feature_size, config.position_temperature
         )
@@ -93,6 +94,7 @@ class PixelEncoder(nn.Module):
     def run(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None) -> Maps:
         """All maps of images of one size; with a mask, those of images that were padded to it."""
         backbone_maps = tuple(self.backbone(pixel_values).feature_maps)
+        check_strides(backbone_maps, tuple(pixel_values.shape[-2:]), self.strides)
         levels = self.feature_levels(backbone_maps)
         padding = None if pixel_mask is None else padding_of_maps(pixel_mask, levels)
         positions = self.feature_levels.position_embeddings(levels, padding)

@@ -12,6 +12,7 @@ from transformers import initialization as init
 
 from proscale_hf.layers.deformable_encoder import TokenGrid
 from proscale_hf.layers.linear import Linear
+from proscale_hf.layers.table import Table
 from proscale_hf.models.dino.configuration_proscale_dino import ProScaleDinoConfig
 from proscale_hf.models.dino.heads import BoxHead, ClassHead
 
@@ -88,12 +89,12 @@ class QuerySelection(nn.Module):
             tokens=chosen,
             logits=logits,
             box_logits=changes.to(proposals.dtype) + proposal_logits.gather(1, per_number),
-            content=self.content.weight[: chosen.shape[1]].expand(len(tokens), -1, -1),
+            content=self.content()[: chosen.shape[1]].expand(len(tokens), -1, -1),
             absent=absent,
         )
 
 
-class ContentEmbedding(nn.Embedding):
+class ContentEmbedding(Table):
     """What queries hold at first, (queries, channels)."""
 
     def reset_parameters(self) -> None:

@@ -20,6 +20,7 @@ from proscale_hf.layers.linear import Linear, UniformLinear, linear, suits_onedn
 from proscale_hf.layers.position_embedding import sine_position_embedding
 from proscale_hf.layers.table import Table
 from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
+from proscale_hf.models.padding import mask_of_sizes
 
 
 @dataclass
@@ -135,9 +136,7 @@ class Memory:
 
 def valid_positions(height: int, width: int, valid_sizes: torch.Tensor) -> torch.Tensor:
     """(batch, 2) rows and columns that are image -> (batch, 1, height * width) bool."""
-    rows = torch.arange(height, device=valid_sizes.device) < valid_sizes[:, :1]
-    columns = torch.arange(width, device=valid_sizes.device) < valid_sizes[:, 1:]
-    return (rows[:, :, None] & columns[:, None]).flatten(1).unsqueeze(1)
+    return mask_of_sizes(valid_sizes, height, width).flatten(1).unsqueeze(1)
 
 
 class MaskedAttentionDecoder(nn.Module):

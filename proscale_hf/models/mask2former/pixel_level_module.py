@@ -87,7 +87,6 @@ class PixelLevelModule(nn.Module):
     def run(self, pixel_values: torch.Tensor) -> PixelLevelModuleOutput:
         """Backbone and pixel decoder for images of one size."""
         backbone_maps = tuple(self.encoder(pixel_values).feature_maps)
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-            check_strides(backbone_maps, tuple(pixel_values.shape[-2:]), self.strides)
+        check_strides(backbone_maps, tuple(pixel_values.shape[-2:]), self.strides)
         decoded = self.decoder(backbone_maps)
         return PixelLevelModuleOutput(backbone_maps, decoded.multi_scale_features, decoded.mask_features)
