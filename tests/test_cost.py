@@ -8,7 +8,7 @@ from torch import nn
 
 import proscale_hf.layers.ms_deform_attn as ms_deform_attn
 from helpers import FOUR_LEVELS, TINY_RESNET, pixels, tiny_config, tiny_model
-from proscale_hf import ProScaleMask2FormerConfig
+from proscale_hf import ProScaleDinoConfig, ProScaleMask2FormerConfig
 from proscale_hf.backbones.presets import SWIN_TINY
 from proscale_hf.cost import measure_cost
 from proscale_hf.encoders.choice import ENCODER_CLASSES
@@ -230,3 +230,18 @@ def test_agrees_with_fvcore(encoder):
     activations = fvcore.ActivationCountAnalysis(model, pixels(1, 64, 96)).unsupported_ops_warnings(False)
     assert activations.total() == cost.activations_millions * 1e6
     assert cost.forward_gflops * 1e9 == pytest.approx(flops.total() + sampling, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "total", "encoder_alone"), [("dino", 292.2, 172.9), ("proscale", 232.6, 113.4), ("lite", None, None)]
+)
+def test_detection_costs_what_fvcore_counts_of_the_original(encoder, total, encoder_alone):
+    config = ProScaleDinoConfig(encoder=encoder, num_labels=91)
+    cost = measure_cost(config, 800, 1333)
+    assert sum(cost.stages.values()) == pytest.approx(cost.total_gflops)
+    assert cost.forward_gflops < cost.total_gflops
+    if total is not None:
+        assert cost.total_gflops == pytest.approx(total, rel=0.005)
+        assert cost.encoder_gflops == pytest.approx(encoder_alone, rel=0.005)
+    if encoder == "dino":
+        assert cost.parameters_millions == pytest.approx(46.9, abs=0.06)

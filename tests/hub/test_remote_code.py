@@ -11,9 +11,13 @@ import torch
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 import proscale_hf
-from helpers import labels, pixels, tiny_config, tiny_model
+from helpers import detection_labels, labels, pixels, tiny_config, tiny_detection_config, tiny_detector, tiny_model
 from paths import FIXTURES
-from proscale_hf import ProScaleMask2FormerImageProcessorPil, ProScaleMask2FormerModel
+from proscale_hf import (
+    ProScaleDinoImageProcessorPil,
+    ProScaleMask2FormerImageProcessorPil,
+    ProScaleMask2FormerModel,
+)
 
 
 PACKAGE = Path(proscale_hf.__file__).parent
@@ -71,6 +75,22 @@ if backends:
     assert changed <= {"config.json"}, changed  # transformers notes there in which type the backbone was loaded
     assert json.loads(first["config.json"])["auto_map"] == json.loads(second["config.json"])["auto_map"]
 check(AutoModelForUniversalSegmentation.from_pretrained(copy, trust_remote_code=True))
+print(type(model).__module__)
+"""
+
+DETECT = """
+import torch
+from PIL import Image
+from transformers import AutoModelForObjectDetection
+
+folder, inputs = sys.argv[1:]
+given, labels, expected = torch.load(inputs)
+model = AutoModelForObjectDetection.from_pretrained(folder, trust_remote_code=True)
+with torch.no_grad():
+    torch.testing.assert_close(model(given).pred_boxes, expected, rtol=1e-4, atol=1e-5)
+detector = pipeline("object-detection", model=folder, trust_remote_code=True)
+assert len(detector(Image.new("RGB", (50, 40), "teal"), threshold=0.0)) == 36
+model.train()(given, labels=labels).loss.backward()
 print(type(model).__module__)
 """
 
@@ -239,8 +259,19 @@ def test_the_folder_has_the_code_and_nothing_else(folder):
         tiny_model,
         lambda: ProScaleMask2FormerModel(tiny_config()),
         ProScaleMask2FormerImageProcessorPil,
+        tiny_detection_config,
+        tiny_detector,
+        ProScaleDinoImageProcessorPil,
     ],
-    ids=["configuration", "model", "model without heads", "image processor"],
+    ids=[
+        "configuration",
+        "model",
+        "model without heads",
+        "image processor",
+        "detection configuration",
+        "detector",
+        "detection image processor",
+    ],
 )
 def test_each_part_alone_has_the_code_it_needs(make, tmp_path):
     make().save_pretrained(tmp_path)
@@ -284,6 +315,19 @@ def test_it_loads_without_the_package_and_saves_completely_again(folder, tmp_pat
     code = HIDE_THE_PACKAGE + IS_THERE_AN_AUTO_PROCESSOR + LOAD
     module = run(code, folder, tmp_path, tmp_path / "inputs.pt", tmp_path / "copy")
     assert module.startswith("transformers_modules.")
+
+
+@pytest.mark.slow
+def test_a_detector_loads_and_trains_without_the_package(tmp_path):
+    pytest.importorskip("torchvision", reason="AutoImageProcessor of transformers 5.17 needs it")
+    model, given = tiny_detector(), detection_labels()
+    model.save_pretrained(tmp_path / "saved")
+    size = {"shortest_edge": 64, "longest_edge": 96}
+    ProScaleDinoImageProcessorPil(size=size).save_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        torch.save((pixels(), given, model(pixels()).pred_boxes), tmp_path / "inputs.pt")
+    code = HIDE_THE_PACKAGE + IS_THERE_AN_AUTO_PROCESSOR + DETECT
+    assert run(code, tmp_path / "saved", tmp_path, tmp_path / "inputs.pt").startswith("transformers_modules.")
 
 
 @pytest.mark.slow
