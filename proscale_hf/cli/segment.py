@@ -32,8 +32,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--top-k",
         type=positive,
         metavar="N",
-        help="with --task instance: at most this many instances (default: the model's own number, or as many as it has "
-        "queries, but at least 100)",
+        help="with --task instance: the best ones, at most this many (default: the model's own number, or as many as "
+        "it has queries, but at least 100)",
     )
     parser.add_argument(
         "--output", metavar="FILE", help="the picture to write (default: PHOTO_segmented.png in this folder)"
@@ -97,6 +97,7 @@ def segment_image(image: Any, model: Any, processor: Any, task: str, top_k: int 
     import torch
 
     from proscale_hf.files.text import one_line
+    from proscale_hf.processing.postprocessing import COCO_DETECTIONS
     from proscale_hf.visualization import segments_from_label_map, segments_from_result
 
     try:
@@ -112,10 +113,13 @@ def segment_image(image: Any, model: Any, processor: Any, task: str, top_k: int 
         return segments_from_label_map(processor.post_process_semantic_segmentation(outputs, **sizes)[0], names, stuff)
     options = {"label_ids_to_fuse": stuff, **sizes}
     if task == "instance":
-        options |= {"top_k": top_k, "return_binary_maps": True}
-        result = processor.post_process_instance_segmentation(outputs, **options)[0]
+        if top_k is not None:  # what post-processing takes is pairs of query and label, before it drops stuff
+            usual = processor.top_k or max(outputs.class_queries_logits.shape[1], COCO_DETECTIONS)
+            options["top_k"] = max(top_k, usual)
+        [result] = processor.post_process_instance_segmentation(outputs, return_binary_maps=True, **options)
+        result = {name: values[:top_k] for name, values in result.items()}
     else:
-        result = processor.post_process_panoptic_segmentation(outputs, **options)[0]
+        [result] = processor.post_process_panoptic_segmentation(outputs, **options)
     return segments_from_result(result, names, stuff)
 
 

@@ -214,7 +214,8 @@ class SegmentationImageProcessorMixin(ImageProcessorMixin):
             return_coco_annotation: give masks as COCO run-length encodings (needs pycocotools).
             return_binary_maps: give masks as one bool tensor. It takes instances x height x width bytes; the other
                 forms do not.
-            top_k: how many instances there are at most; `None`: the processor's `top_k`.
+            top_k: how many pairs of query and label are looked at, the surest first, before stuff is dropped; so it is
+                the largest number of instances. `None`: the processor's `top_k`.
 
         Returns:
             `list[dict]`: `"segments_info"`, dicts of `"id"` (0, 1, ...), `"label_id"`, `"was_fused"`,
