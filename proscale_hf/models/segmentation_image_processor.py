@@ -63,7 +63,7 @@ class SegmentationImageProcessorMixin(ImageProcessorMixin):
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        self.label_ids_to_fuse = sorted(int(label_id) for label_id in self.label_ids_to_fuse)
+        self.label_ids_to_fuse = sorted(int(label_id) for label_id in self.label_ids_to_fuse or ())
 
     def preprocess(
         self,
