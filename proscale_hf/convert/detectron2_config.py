@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from proscale_hf.convert import ConversionError
+from proscale_hf.files.reading import reading
 from proscale_hf.files.text import shown
 from proscale_hf.files.yaml_text import Chain, PlainLoader, read_yaml
 
@@ -187,9 +188,10 @@ def _read_chain(path: Path, root: Path, chain: Chain) -> dict[str, Any]:
     bases = own.pop(BASE_KEY, [])
     values: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
-        if not isinstance(base, str) or Path(base).is_absolute() or re.match(r"~|.*://|.*\0", base):
+        if not isinstance(base, str) or Path(base).is_absolute() or re.match(r"~|.*://", base):
             raise ConversionError(f"{path}: {BASE_KEY} must be a relative path, got {shown(base)}.")
-        base_path = (path.parent / base).resolve()
+        with reading(path, f"has a {BASE_KEY} that is no possible path", ConversionError):
+            base_path = (path.parent / base).resolve()
         if not base_path.is_relative_to(root):
             raise ConversionError(f"{path}: {BASE_KEY} {shown(base)} leaves the configuration's folder {root}.")
         values = _merged(values, chain.follow(base_path, partial(_read_chain, base_path, root, chain)))

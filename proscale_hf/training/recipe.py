@@ -226,7 +226,7 @@ def _read(path: Path, chain: Chain) -> dict[str, Any]:
     base = values.pop("base", None)
     if base is None:
         return values
-    if not isinstance(base, str) or "\0" in base:
+    if not isinstance(base, str):
         raise RecipeError(f"{path}: base must be the name of a recipe file, got {shown(base)}")
     base_path = path.parent / base
     return merged(chain.follow(base_path, partial(_read, base_path, chain)), values)

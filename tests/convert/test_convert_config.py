@@ -335,6 +335,8 @@ def test_base_chain(tmp_path):
         ("detectron2://other.yaml", "relative"),
         ("3", "relative"),
         ("../../other.yaml", "leaves"),
+        (r'"a\0b"', "has a _BASE_ that is no possible path"),
+        (r'"\ud800"', "has a _BASE_ that is no possible path"),
         ("link.yaml", "leaves"),
         ("config.yaml", "based on itself: config.yaml -> config.yaml"),
         ("cycle.yaml", "based on itself: config.yaml -> cycle.yaml -> config.yaml"),

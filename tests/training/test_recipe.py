@@ -129,6 +129,7 @@ def test_what_cannot_be_meant_is_refused_in_one_line(tmp_path, override, message
         ("- 1", "must hold sections"),
         ("seed: {", "no valid YAML"),
         ("base: recipe.yaml", "is based on itself"),
+        (r'base: "a\0b"', r"a\\x00b is no possible path"),
         ("base: nowhere.yaml", "there is no recipe .*nowhere.yaml"),
         ("seed: !!python/object/apply:os.getcwd []", "no valid YAML"),
     ],
