@@ -59,6 +59,19 @@ def interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, handler)
 
 
+@contextlib.contextmanager
+def deaf_children() -> Iterator[None]:
+    """Processes that are started inside do not hear interrupts. This process does, and ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def status_of(error: BaseException) -> int | None:
     """Says in one line on stderr what stopped a command.
 

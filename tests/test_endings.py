@@ -148,3 +148,11 @@ def test_other_ends(tmp_path, arguments, options, status, output, errors):
         printed = process.communicate(timeout=60)
     assert process.returncode == status
     assert printed[0].strip() == output and printed[1].startswith(errors)
+
+
+def test_deaf_children(interrupts):
+    handler = signal.getsignal(signal.SIGINT)
+    with endings.deaf_children():
+        child = [sys.executable, "-c", "import signal; signal.raise_signal(signal.SIGINT); print('on')"]
+        assert subprocess.run(child, capture_output=True).stdout == b"on\n"
+    assert signal.getsignal(signal.SIGINT) is handler

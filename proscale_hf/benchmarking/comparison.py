@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 
 from proscale_hf.benchmarking.worker import Step, work
 from proscale_hf.benchmarking.workload import Candidate, Workload
+from proscale_hf.endings import deaf_children
 
 
 @dataclass
@@ -127,7 +128,8 @@ def _workers(candidates: Sequence[Candidate], workload: Workload) -> Iterator[li
         for candidate in candidates:
             ours, theirs = context.Pipe()
             process = context.Process(target=work, args=(candidate, workload, theirs), daemon=True)
-            process.start()
+            with deaf_children():
+                process.start()
             theirs.close()
             processes.append(process)
             connections.append(ours)

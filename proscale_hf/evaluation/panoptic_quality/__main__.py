@@ -5,10 +5,10 @@
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
+from proscale_hf.endings import end_well
 from proscale_hf.evaluation.panoptic_files import panoptic_quality_of_files
 
 
@@ -32,11 +32,9 @@ def main() -> None:
         )
     except ValueError as error:
         sys.exit(f"error: {error}")
-    try:
-        print(json.dumps(quality, indent=1), flush=True)
-    except BrokenPipeError:  # the reader, `head` say, has seen enough; Python must not try again when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(json.dumps(quality, indent=1))
 
 
 if __name__ == "__main__":
+    end_well()
     main()
