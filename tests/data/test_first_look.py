@@ -65,6 +65,12 @@ class TestLook:
         (folder / "panoptic.json").write_text(json.dumps(content))
         seen = look(open_set(folder))
         assert seen.empty == 1 and seen.empty_files[0].endswith("photo2.png")
+        assert "nothing to train on: " in seen.to_text()
+        for annotation in content["annotations"]:
+            for segment in annotation["segments_info"]:
+                segment["iscrowd"] = 1
+        (folder / "panoptic.json").write_text(json.dumps(content))
+        assert "There is nothing to train on: no image has an object" in look(open_set(folder)).to_text()
 
     def test_ids_outside_the_list_are_named(self, folder):
         with Image.open(folder / "maps" / "photo3.png") as picture:

@@ -328,6 +328,14 @@ def train_in_this_process(folder: Path) -> None:
     whole.accelerator.end_training()
 
 
+def test_examples_without_an_object_are_refused(processor, tmp_path):
+    trainer = make_trainer(tmp_path, processor)
+    masks = torch.full((1, 32, 32), 255, dtype=torch.uint8)  # 0 and 255 in place of 0 and 1
+    trainer.train_dataset = [{"pixel_values": None, "mask_labels": masks, "class_labels": torch.tensor([0])}] * 4
+    with pytest.raises(ValueError, match=r"nothing to train on: none of the 4 images .* the value 1, not 255"):
+        trainer.train()
+
+
 def test_settings_of_a_recipe():
     recipe = Recipe(optimization=OptimizationSection(max_steps=9, batch_size=16, device_batch_size=2, precision="bf16"))
     settings = training_settings(recipe, processes=4)

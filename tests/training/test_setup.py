@@ -294,6 +294,16 @@ def test_data_sets_that_do_not_belong_together(tmp_path):
         load_datasets(recipe)
 
 
+def test_training_on_nothing_is_refused(tmp_path):
+    recipe = Recipe()
+    recipe.data.train = write_coco(tmp_path)
+    path = Path(recipe.data.train["annotations"])
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "annotations": [{**a, "iscrowd": 1} for a in content["annotations"]]}))
+    with pytest.raises(ValueError, match="nothing to train on"):
+        load_datasets(recipe)
+
+
 def test_a_recipe_file_reaches_the_data_set(tmp_path):
     options = write_coco(tmp_path)
     (tmp_path / "recipe.yaml").write_text(f"data: {{train: {{name: coco_instance, images: {options['images']}}}}}")

@@ -112,3 +112,15 @@ def test_refused(root):
     Image.new("RGB", (3, 1)).save(root / "images" / "c.png")
     with pytest.raises(ValueError, match="have the same name"):
         open_dataset("folder", root=root)
+
+
+def test_an_option_that_contradicts_the_folders_own_categories(root, tmp_path):
+    write(root, "a", np.array([[70, 4]], np.uint8))
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps([{**category, "name": category["name"].upper()} for category in CATEGORIES[::-1]]))
+    assert [c["id"] for c in open_dataset("folder", root=root, categories=path).categories] == [70, 4]
+    path.write_text(json.dumps([{"id": 4, "name": "grass", "isthing": 0}, {"id": 70, "name": "cat", "isthing": 1}]))
+    with pytest.raises(ValueError, match=r"id 4 'grass', but .*categories.json calls it 'cat', and 1 more"):
+        open_dataset("folder", root=root, categories=path)
+    (root / "categories.json").write_text("no JSON")
+    assert len(open_dataset("folder", root=root, categories=path).categories) == 2

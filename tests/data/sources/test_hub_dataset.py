@@ -1,5 +1,6 @@
 """Data sets in the format of `datasets`: on disk and from a Hub, in all three forms."""
 
+import io
 import json
 import subprocess
 import sys
@@ -97,6 +98,46 @@ def test_panoptic(tmp_path, categories):
     assert [(s["label_id"], s["iscrowd"]) for s in sample.segments] == [(1, 0), (0, 0), (0, 1)]
     with pytest.raises(SampleError, match="must list segments"):
         open_dataset("hub", **options, segments_column="name")[0]
+
+
+def test_names_of_classes_in_the_table(tmp_path, categories):
+    names = ["sky", "tree", "road", "car", "cat", "b", "c", "grass"]
+    segment = {"id": datasets.Value("int64"), "category_id": datasets.ClassLabel(names=names)}
+    listed, in_columns = [{"id": 9, "category_id": 4}], {"id": [9], "category_id": [4]}
+    for number, (feature, value) in enumerate(((datasets.Sequence(segment), in_columns), ([segment], listed))):
+        made = table([np.full((1, 2, 3), [9, 0, 0])])
+        features = datasets.Features({**made.features, "segments_info": feature})
+        columns = {**made[:], "segments_info": [value]}
+        path = tmp_path / f"data{number}"
+        datasets.Dataset.from_dict(columns, features=features).save_to_disk(path)
+        options = {"path": path, "split": "train", "form": "panoptic"}
+        assert open_dataset("hub", **options, categories=categories)[0].segments[0]["label_id"] == 0
+        with pytest.raises(ValueError, match=r"id 4 'grass', but column segments_info of .* calls it 'cat'"):
+            open_dataset("hub", **options, categories=[{"id": 4, "name": "grass", "isthing": 0}])
+
+
+def test_pictures_are_opened_with_care(tmp_path, categories):
+    good = datasets.Image().encode_example(Image.new("L", (3, 1), 4))
+    eps, deep, turned = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (3, 1)).save(eps, format="EPS")
+    Image.fromarray(np.full((1, 3), 4000, np.uint16)).save(deep, format="PNG")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (1, 3), 4).save(turned, format="TIFF", exif=exif)
+    images = [eps.getvalue(), deep.getvalue(), good["bytes"]]
+    paths = [None, None, "of another machine.png"]
+    features = datasets.Features({"image": datasets.Image(), "annotation": datasets.Image()})
+    columns = {
+        "image": [{"bytes": content, "path": path} for content, path in zip(images, paths, strict=True)],
+        "annotation": [good, {"bytes": turned.getvalue(), "path": None}, good],
+    }
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "data")
+    dataset = open_dataset("hub", path=tmp_path / "data", split="train", categories=categories)
+    with pytest.raises(SampleError, match=r"row 0, image cannot be read: it is not an image of a known format"):
+        dataset[0]
+    assert dataset[1].image.getpixel((0, 0)) == (249, 249, 249)  # of 4095
+    assert dataset[1].segment_map.shape == (1, 3)
+    assert dataset[2].image.size == (3, 1)
 
 
 def test_a_picture_that_is_damaged(tmp_path, categories):

@@ -354,7 +354,7 @@ def test_coco_panoptic(backend, wrap):
     segments = [
         {"id": 70000, "category_id": 4, "iscrowd": 0},
         {"id": 300, "category_id": 2},
-        {"id": 9, "category_id": 2, "iscrowd": 1},
+        {"id": 9, "category_id": 2, "iscrowd": "1"},
         {"id": 11, "category_id": 3},
     ]
     masks, classes = labels_of(backend, wrap(picture), segments_info=segments)
@@ -439,6 +439,19 @@ def test_masks_that_vanish_in_resizing_are_left_out(backend):
         (np.ones((2, 3), int), {"class_labels": [4]}, "expected .objects, height, width"),
         (np.ones((2, 3, 3), int), {"segments_info": []}, r"ids \[65793\].*segments_info"),
         (np.ones((2, 3, 3), int), {"segments_info": [{"id": 65793}]}, "category_id"),
+        (
+            np.ones((2, 3, 3), int),
+            {"segments_info": [{"id": 65793, "category_id": 1, "iscrowd": "no"}]},
+            '"iscrowd" must be 0 or 1',
+        ),
+        (
+            np.ones((2, 3, 3), int),
+            {"segments_info": [{"id": 65793, "category_id": 1.5}]},
+            "`category_id` .* whole number",
+        ),
+        (np.ones((2, 3, 3), int), {"segments_info": [{"id": "65793", "category_id": 1}]}, "`id` .* whole number"),
+        (np.ones((1, 2, 3), int), {"class_labels": [1.5]}, "`class_labels` must be a whole number"),
+        (np.ones((2, 3), int), {"instance_id_to_semantic_id": {1: 2.5}}, "`class` must be a whole number"),
         (np.ones((2, 3), int), {"segments_info": []}, "expected .height, width, 3"),
         (np.ones((1, 2, 3), int), {"class_labels": [1], "segments_info": []}, "give one of"),
     ],
