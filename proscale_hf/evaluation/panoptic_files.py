@@ -16,10 +16,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from proscale_hf.evaluation.panoptic_quality import PanopticQuality
-from proscale_hf.files.text import few, one_line
+from proscale_hf.files.text import few
+from proscale_hf.processing.picture_files import opened_picture
 
 
 IMAGES_AT_A_TIME = 16  # of a process
@@ -164,13 +164,8 @@ def read_colors(folder: Path, file_name: str) -> np.ndarray:
     if name.is_absolute() or ".." in name.parts:
         raise ValueError(f"{file_name!r} is not the name of a file inside {folder}.")
     path = folder / name
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {path}.") from None
-    except Exception as error:  # what Pillow's decoders raise on damaged data depends on the format
-        raise ValueError(f"{path} cannot be read ({one_line(error)}).") from error
+    with opened_picture(path, holds_ids=True) as picture:
+        pass
     if picture.mode not in ("RGB", "RGBA"):
         raise ValueError(f"{path} must be an RGB picture, whose colours are ids, but its mode is {picture.mode}.")
     return np.asarray(picture)[..., :3]

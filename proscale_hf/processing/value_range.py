@@ -51,7 +51,7 @@ def to_eight_bits(values: np.ndarray, rescale_factor: float | None = EIGHT_BIT_F
         return values
     is_float = values.dtype.kind == "f"
     if is_float:
-        values = _finite(values)
+        values = _finite_floats(values)
     is_for_255 = rescale_factor is not None and math.isclose(rescale_factor, EIGHT_BIT_FACTOR, rel_tol=0.01)
     if not is_for_255 and (is_float or rescale_factor is not None):
         return values.astype(np.float32)
@@ -100,7 +100,9 @@ def say_once(guess: str) -> None:
     warnings.warn(guess, stacklevel=2)
 
 
-def _finite(values: np.ndarray) -> np.ndarray:
+def _finite_floats(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
     is_finite = np.isfinite(values)
     if is_finite.all():
         return values
