@@ -138,3 +138,13 @@ def test_bad_input_is_named(prediction, segments, message):
 def test_category_cannot_be_thing_and_stuff():
     with pytest.raises(ValueError, match="both as things and as stuff"):
         PanopticQuality([THING, STUFF], [STUFF])
+
+
+def test_crowds_may_be_texts():
+    arguments = [[1, 1, 1]], [segment(1, THING)], [[5, 5, 5]]
+    for text in ("0", "1"):
+        assert measure(*arguments, [segment(5, THING, iscrowd=text)]) == measure(
+            *arguments, [segment(5, THING, iscrowd=int(text))]
+        )
+    with pytest.raises(ValueError, match='"iscrowd" must be 0 or 1'):
+        measure(*arguments, [segment(5, THING, iscrowd="no")])

@@ -117,7 +117,7 @@ class _Reader:
 
     def _expect(self, character: str) -> None:
         if self._next() != character:
-            raise ValueError(f"it is no valid JSON: no {character} at byte {self.dropped + self.position}.")
+            raise ValueError(f"it is no valid JSON: there is no {character} at byte {self.dropped + self.position}.")
         self.position += 1
 
     def _separator(self, closing: str) -> None:

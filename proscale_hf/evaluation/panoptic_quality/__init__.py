@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from proscale_hf.files.text import few
-from proscale_hf.processing.segment_ids import VOID_ID
+from proscale_hf.processing.segment_ids import VOID_ID, crowd_flag
 
 
 COUNTS = ("iou_sum", "true_positives", "false_positives", "false_negatives")
@@ -88,7 +88,7 @@ class PanopticQuality:
             np.array([index(segment["category_id"]) for segment in segments.values()], dtype=np.int64)
             for segments in (predicted, true)
         )
-        is_crowd = np.array([bool(segment.get("iscrowd", 0)) for segment in true.values()], dtype=bool)
+        is_crowd = np.array([crowd_flag(segment.get("iscrowd") or 0) for segment in true.values()], dtype=bool)
         same_category = predicted_categories[:, None] == true_categories  # (predicted, true)
 
         pixels = np.pad(pixels, (0, 1))  # a last row and column of zeros for ids that have no pixels
