@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", metavar="NAME", help="a folder, a Hub id or the short name of a published model")
     what.add_argument("--config", metavar="FILE", help="a model's config.json")
-    what.add_argument("--preset", metavar="NAME", help="such as proscale-swin-t-coco or lite-r50-cityscapes")
+    what.add_argument("--preset", metavar="NAME", help="such as proscale-swin-t-coco or proscale-dino-r50-coco")
     what.add_argument("--paper-tables", action="store_true", help="the paper's tables 1, 2 and 4 to 7, and our figures")
     parser.add_argument(
         "--size", nargs="+", type=image_size, metavar="HxW", help="one or several, in pixels (default: 800x1333)"
@@ -70,12 +70,13 @@ def config_to_count(options: argparse.Namespace) -> Any:
     """The configuration that `--model`, `--config` or `--preset` names."""
     if options.config is not None and not Path(options.config).is_file():
         raise CommandError(f"there is no file {options.config}", exit_code=2)
-    if options.preset is None:
-        return load_config(options.model or options.config)
-    from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
+    from proscale_hf.hub.families import FAMILIES
 
+    if options.preset is None:
+        return load_config(options.model or options.config, list(FAMILIES))
+    family = next((f for f in FAMILIES.values() if f.is_preset(options.preset)), FAMILIES["proscale_mask2former"])
     with user_errors(exit_code=2):
-        return ProScaleMask2FormerConfig.from_preset(options.preset)
+        return family.config_class.from_preset(options.preset)
 
 
 def measure(name: str, config: Any, height: int, width: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ What fails is said in one clear line.
 """
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,31 +121,40 @@ def _explain(source: str, is_folder: bool, error: Exception) -> str:
     return f"cannot load the model {source}: {reason}"
 
 
-def load_config(name: str) -> Any:
+def load_config(name: str, model_types: Sequence[str] = ("proscale_mask2former",)) -> Any:
     """The configuration of a preset, a folder, a JSON file, a model on the Hub, or "demo".
+
+    Args:
+        name: of it.
+        model_types: those that the command can do something with, the usual one first.
 
     Raises:
         CommandError: there is none of that name.
     """
     from proscale_hf.files.reading import open_file
     from proscale_hf.files.text import one_line
-    from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
-    from proscale_hf.models.mask2former.presets import is_preset
+    from proscale_hf.hub.families import FAMILIES
+    from proscale_hf.hub.names import resolved
 
     quiet_libraries()  # about each attempt to reach the Hub, and the wrong type of a model, which is said below
     if not Path(name).exists():
-        if is_preset(name):
-            return ProScaleMask2FormerConfig.from_preset(name)
+        for model_type in model_types:
+            if FAMILIES[model_type].is_preset(name):
+                return FAMILIES[model_type].config_class.from_preset(name)
         if name == "demo":
             name = str(DEMO_MODEL)
     if Path(name).exists() and not Path(name).is_dir():
         with user_errors(), open_file(name, "configuration"):
             pass  # it is no pipe, which transformers would wait for
+    usual = FAMILIES[model_types[0]].config_class
     try:
-        config = ProScaleMask2FormerConfig.from_pretrained(name)
+        with resolved(name) as source:
+            model_type = usual.get_config_dict(source)[0].get("model_type")
+        config_class = FAMILIES[model_type].config_class if model_type in model_types else usual
+        config = config_class.from_pretrained(name)
     except Exception as error:  # damaged files, no network, no such repository: each library has its own types
         what = f"{name} has" if Path(name).exists() else f"there is no preset {name}, and"
         raise CommandError(f"{what} no configuration that can be loaded: {one_line(error)}") from error
-    if config.model_type != ProScaleMask2FormerConfig.model_type:
+    if config.model_type not in model_types:
         raise CommandError(f"{name} is not a PRO-SCALE model: its model_type is {config.model_type}")
     return config

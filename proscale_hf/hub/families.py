@@ -41,6 +41,10 @@ class Family:
         """The model that an Auto class such as "AutoModel" stands for."""
         return self.load("modeling", self.config_class.auto_classes[auto_class])
 
+    def is_preset(self, name: str) -> bool:
+        """Whether the configuration's `from_preset` knows a name."""
+        return name in importlib.import_module(f"proscale_hf.models.{self.folder}.presets").NAMES
+
     def module(self, kind: str) -> str:
         """The name of a module: of the "configuration", "modeling" or "image_processing"."""
         return f"proscale_hf.models.{self.folder}.{kind}_{self.model_type}"

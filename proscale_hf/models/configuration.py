@@ -1,9 +1,9 @@
 """What the configurations of all families share: short names, categories, and the code that is saved with them."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from proscale_hf.hub.code import nearest_of_ours, reference, write_code
 from proscale_hf.models.installed import resolved
@@ -14,14 +14,34 @@ class ProScaleConfigMixin:
     The common part of the configurations, in front of transformers' `PreTrainedConfig`.
 
     A family's configuration has the fields `categories` and `weights_license`, and says in `auto_classes` which of its
-    models each of transformers' Auto classes stands for.
+    models each of transformers' Auto classes stands for. `preset_settings` gives the fields that a preset's name stands
+    for; it is None in the code that leaves with a model.
     """
+
+    preset_settings: ClassVar[Callable[[str], dict[str, Any]] | None] = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "ProScaleConfigMixin":
         """As in transformers, and also by the short name of a published model, see `names.py`."""
         with resolved(pretrained_model_name_or_path) as source:
             return super().from_pretrained(source, **kwargs)
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> "ProScaleConfigMixin":
+        """
+        The configuration of a new model by name.
+
+        Args:
+            name: see the family's `presets.py`.
+            changes: fields with values of your own.
+
+        Raises:
+            ValueError: there is no such preset, or a value is not possible.
+            ImportError: the configuration's code came with a model, and the package is not installed.
+        """
+        if cls.preset_settings is None:
+            raise ImportError("Presets do not come with a model's code; install the package proscale_hf for them.")
+        return cls(**{**cls.preset_settings(name), **changes})
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:

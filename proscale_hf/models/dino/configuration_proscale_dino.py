@@ -19,6 +19,11 @@ from proscale_hf.models.configuration import ProScaleConfigMixin
 from proscale_hf.processing.categories import check_categories
 
 
+try:
+    from proscale_hf.models.dino.presets import preset_settings
+except ImportError:  # the code that leaves with a model needs no other models' configurations
+    preset_settings = None
+
 BATCH_PADDINGS = ("per_image", "original")
 
 
@@ -100,6 +105,7 @@ class ProScaleDinoConfig(ProScaleConfigMixin, EncoderConfig):
     """
 
     model_type = "proscale_dino"
+    preset_settings = preset_settings
     encoders = ("proscale", "dino", "lite")
     auto_classes = {  # noqa: RUF012 - what `auto_map` has beside the configuration, once a model is saved
         "AutoModel": "ProScaleDinoModel",

@@ -112,6 +112,7 @@ class ProScaleMask2FormerConfig(ProScaleConfigMixin, EncoderConfig):
     """
 
     model_type = "proscale_mask2former"
+    preset_settings = preset_settings
     auto_classes = {  # noqa: RUF012 - what `auto_map` has beside the configuration, once a model is saved
         "AutoModel": "ProScaleMask2FormerModel",
         "AutoModelForUniversalSegmentation": "ProScaleMask2FormerForUniversalSegmentation",
@@ -164,23 +165,6 @@ class ProScaleMask2FormerConfig(ProScaleConfigMixin, EncoderConfig):
         if self.backbone_config is None:
             self.backbone_config = backbone_settings("swin-t")
         super().__post_init__(**kwargs)
-
-    @classmethod
-    def from_preset(cls, name: str, **changes: Any) -> "ProScaleMask2FormerConfig":
-        """
-        The configuration of a new model like one of the paper's or Mask2Former's.
-
-        Args:
-            name: such as `"proscale-swin-t-coco"`; see `presets.py`.
-            changes: fields with values of your own.
-
-        Raises:
-            ValueError: there is no such preset, or a value is not possible.
-            ImportError: the configuration's code came with a model, and the package is not installed.
-        """
-        if preset_settings is None:
-            raise ImportError("Presets do not come with a model's code; install the package proscale_hf for them.")
-        return cls(**{**preset_settings(name), **changes})
 
     @property
     def encoder_strides(self) -> tuple[int, ...]:

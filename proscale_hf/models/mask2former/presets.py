@@ -9,12 +9,10 @@ A preset is a new model's configuration: the paper's recalibration, padding kept
 """
 
 import copy
-import difflib
-import re
-from itertools import product
 from typing import Any
 
 from proscale_hf.backbones.presets import BACKBONES, backbone_settings
+from proscale_hf.models.preset_names import PresetNames
 
 
 NUM_LABELS = {
@@ -50,6 +48,7 @@ ARCHITECTURES = {
     },
 }
 STAGES = ("111", "222", "311", "131", "113")  # of "proscale" alone
+NAMES = PresetNames(ARCHITECTURES, BACKBONES, NUM_LABELS, STAGES, staged="proscale")
 
 
 def preset_settings(name: str) -> dict[str, Any]:
@@ -63,11 +62,7 @@ def preset_settings(name: str) -> dict[str, Any]:
     Raises:
         ValueError: there is no such preset; the message has the nearest names.
     """
-    parts = _parts(name)
-    if parts is None:
-        nearest = difflib.get_close_matches(str(name).lower(), preset_names(), n=3, cutoff=0)
-        raise ValueError(f"There is no preset {name!r}. The nearest names are {', '.join(nearest)}.")
-    architecture, backbone, data, stages = parts
+    architecture, backbone, data, stages = NAMES.parts(name)
     settings = {"num_labels": NUM_LABELS[data], **copy.deepcopy(ARCHITECTURES[architecture])}
     settings["backbone_config"] = backbone_settings(backbone, maps=len(RT_STRIDES) if architecture == "rt" else 4)
     if stages is not None:
@@ -83,22 +78,9 @@ def preset_settings(name: str) -> dict[str, Any]:
 
 def is_preset(name: str) -> bool:
     """Whether there is a preset of this name."""
-    return _parts(name) is not None
+    return name in NAMES
 
 
 def preset_names() -> list[str]:
     """All names, over a thousand."""
-    return [
-        f"{architecture}-{backbone}-{data}{stages}"
-        for architecture, backbone, data in product(ARCHITECTURES, BACKBONES, NUM_LABELS)
-        for stages in ("", *(f"-{stages}" for stages in STAGES if architecture == "proscale"))
-    ]
-
-
-def _parts(name: str) -> tuple[str, str, str, str | None] | None:
-    """Architecture, backbone, data with task, and numbers of layers; None if this is no preset's name."""
-    choices = ("|".join(map(re.escape, names)) for names in (ARCHITECTURES, BACKBONES, NUM_LABELS, STAGES))
-    match = re.fullmatch("({})-({})-({})(?:-({}))?".format(*choices), str(name))
-    if match is None or (match[4] is not None and match[1] != "proscale"):
-        return None
-    return match.groups()
+    return list(NAMES)
