@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -79,7 +80,8 @@ def carry_out(parser: OneLineParser, arguments: Sequence[str] | None = None) -> 
     Returns:
         The exit status: 0 done, 1 failed, 2 wrong command line, 130 interrupted.
     """
-    with interruptible():
+    with interruptible(), warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: complain(f"warning: {message}")
         try:
             options = parser.parse_args(arguments)
             options.run(options)

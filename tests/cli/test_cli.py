@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,15 @@ class TestSegment:
         _, processor = loading.load_model(str(saved_model))
         assert type(processor) is ProScaleMask2FormerImageProcessorPil
         assert processor.label_ids_to_fuse == [3]
+
+
+def test_a_warning_is_one_line(photo, saved_model, monkeypatch, capsys):
+    """A word from the library, without the place in its code."""
+    monkeypatch.setattr(
+        "proscale_hf.cli.segment.segment_image", lambda *_: warnings.warn("that is a guess", stacklevel=1) or []
+    )
+    assert main(["segment", photo, "--model", str(saved_model)]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == "warning: that is a guess"
 
 
 class TestWrongCommandLine:
