@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from proscale_hf.files.memory import is_out_of_memory
-from proscale_hf.files.text import one_line, printable
+from proscale_hf.files.text import escaped, one_line, printable
 
 
 LONGEST_REASON = 200  # characters of a library's message
@@ -34,20 +34,21 @@ def open_file(path: str | os.PathLike, what: str = "file") -> BinaryIO:
         FileError: there is no such file, it may not be read, or it is a folder, a device or a pipe, which could have no
             end.
     """
+    name = escaped(str(path))
     try:
         descriptor = os.open(path, os.O_RDONLY | AT_ONCE)
     except FileNotFoundError:
-        raise FileError(f"there is no {what} {path}; check the path") from None
+        raise FileError(f"there is no {what} {name}; check the path") from None
     except PermissionError:
         if os.path.isdir(path):  # what Windows says of a folder
-            raise FileError(f"{path} is a folder, not a {what}") from None
-        raise FileError(f"{path} may not be read; check its permissions") from None
+            raise FileError(f"{name} is a folder, not a {what}") from None
+        raise FileError(f"{name} may not be read; check its permissions") from None
     except (OSError, ValueError) as error:
-        raise FileError(f"{path} cannot be opened: {getattr(error, 'strerror', None) or one_line(error)}") from error
+        raise FileError(f"{name} cannot be opened: {getattr(error, 'strerror', None) or one_line(error)}") from error
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise FileError(f"{path} is a {'folder' if stat.S_ISDIR(mode) else 'device or pipe'}, not a {what}")
+        raise FileError(f"{name} is a {'folder' if stat.S_ISDIR(mode) else 'device or pipe'}, not a {what}")
     return os.fdopen(descriptor, "rb")
 
 
@@ -65,7 +66,7 @@ def read_bytes(path: str | os.PathLike, most: int, what: str = "file") -> bytes:
     with open_file(path, what) as file, reading(path):
         content = file.read(min(most, os.fstat(file.fileno()).st_size) + 1)
     if len(content) > most:
-        raise FileError(f"{path} is larger than the {most:,} bytes that a {what} may have")
+        raise FileError(f"{escaped(str(path))} is larger than the {most:,} bytes that a {what} may have")
     return content
 
 
@@ -94,6 +95,7 @@ def reading(
     except FileError as error:
         raise error_type(str(error)) from error
     except Exception as error:
+        name = escaped(str(path))
         if is_out_of_memory(error):
-            raise error_type(f"there is not enough memory to read {path}") from error
-        raise error_type(f"{path} {problem}: {printable(reason(error), LONGEST_REASON)}") from error
+            raise error_type(f"there is not enough memory to read {name}") from error
+        raise error_type(f"{name} {problem}: {printable(reason(error), LONGEST_REASON)}") from error

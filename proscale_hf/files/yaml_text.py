@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from proscale_hf.files.reading import read_bytes, reading
-from proscale_hf.files.text import one_line, printable, shown
+from proscale_hf.files.text import one_line, shown
 
 
 try:
@@ -109,7 +109,7 @@ class Chain:
         Raises:
             ValueError: the file is one of those that start from it, or there are too many files.
         """
-        with reading(printable(str(path)), "is no possible path", self.error_type):
+        with reading(path, "is no possible path", self.error_type):
             place = os.path.realpath(path)
         if place in self.open:
             cycle = " -> ".join(os.path.basename(name) for name in (*self.open[self.open.index(place) :], place))

@@ -32,7 +32,8 @@ def test_other_things(tmp_path):
         (tmp_path / "none", "there is no picture .*; check the path"),
         (tmp_path / "none" / "file", "there is no picture .*; check the path"),
         (tmp_path / ("x" * 300), "cannot be opened"),
-        ("a\0b", "cannot be opened"),
+        ("a\0b", r"a\\x00b cannot be opened"),
+        ("a\nb", r"no picture a\\nb; check the path"),
     ):
         with pytest.raises(FileError, match=what):
             read_bytes(path, most=10, what="picture")
