@@ -1,7 +1,7 @@
 """Segments drawn over a photograph: translucent masks, outlines, and a name and score at each segment.
 
-`segments_from_result` and `segments_from_label_map` make `Segment`s of the results of post-processing;
-`draw_segments` draws them. This file needs Pillow, numpy and scipy only.
+`segments_from_result`, `segments_from_label_map` and `segments_from_boxes` make `Segment`s of the results of
+post-processing; `draw_segments` draws them. This file needs Pillow, numpy and scipy only.
 """
 
 import colorsys
@@ -131,6 +131,37 @@ def segments_from_label_map(
     return sorted(segments, key=lambda segment: -segment.area)
 
 
+def segments_from_boxes(
+    detections: Mapping[str, np.ndarray], id2label: Mapping[int, str], size: tuple[int, int]
+) -> list[Segment]:
+    """
+    Segments that fill the boxes of detections.
+
+    Args:
+        detections: `scores` and `labels`, (detections,), and `boxes`, (detections, 4) left, top, right, bottom in
+            pixels.
+        id2label: names of the classes.
+        size: height and width of the image.
+
+    Returns:
+        One for each detection, in their order.
+    """
+    height, width = size
+    segments = []
+    for score, label_id, box in zip(*(detections[name] for name in ("scores", "labels", "boxes")), strict=True):
+        left, top = (
+            min(max(math.floor(value), 0), side - 1) for value, side in zip(box[:2], (width, height), strict=True)
+        )
+        right, bottom = (
+            min(max(math.ceil(value), start + 1), side)
+            for value, start, side in zip(box[2:], (left, top), (width, height), strict=True)
+        )
+        mask = np.ones((bottom - top, right - left), dtype=bool)
+        label = _clean_label(id2label, int(label_id))
+        segments.append(Segment(label, int(label_id), (left, top, right, bottom), mask, score=float(score)))
+    return segments
+
+
 def segment_color(index: int) -> Color:
     """The colour of the segment at a position in the list: always the same, and far from its neighbours'."""
     hue = 0.58 + index * (math.sqrt(5) - 1) / 2  # golden-ratio steps never come back close
@@ -183,7 +214,10 @@ def segment_colors(segments: Sequence[Segment], class_colors: Mapping[int, Color
 
 
 def draw_segments(
-    image: Image.Image, segments: Sequence[Segment], class_colors: Mapping[int, Color] = NO_COLORS
+    image: Image.Image,
+    segments: Sequence[Segment],
+    class_colors: Mapping[int, Color] = NO_COLORS,
+    opacity: float = FILL_OPACITY,
 ) -> Image.Image:
     """Draw segments over their photograph.
 
@@ -194,6 +228,7 @@ def draw_segments(
         image: the photograph, of the size that the segments' boxes refer to.
         segments: what to draw.
         class_colors: colours by class number, see `segment_colors`.
+        opacity: of the colour inside of an outline, 0 to 1.
 
     Returns:
         A new RGB picture.
@@ -207,7 +242,7 @@ def draw_segments(
     segments = [_resized(segment, scale, size) for segment in segments]
     largest_first = sorted(range(len(segments)), key=lambda index: -segments[index].area)
     for index in largest_first:
-        _paint(pixels, segments[index], colors[index], line_width=max(1, font_size // 8))
+        _paint(pixels, segments[index], colors[index], max(1, font_size // 8), opacity)
 
     canvas = Image.new("RGB", (max(size[0], 12 * font_size), max(size[1], 4 * font_size)), MARGIN_COLOR)
     canvas.paste(Image.fromarray(pixels))
@@ -270,14 +305,14 @@ def _resized(segment: Segment, scale: float, size: tuple[int, int]) -> Segment:
     )
 
 
-def _paint(pixels: np.ndarray, segment: Segment, color: Color, line_width: int) -> None:
+def _paint(pixels: np.ndarray, segment: Segment, color: Color, line_width: int, opacity: float) -> None:
     """Tint the segment's pixels and draw its outline, in place."""
     left, top, right, bottom = segment.box
     view = pixels[top:bottom, left:right]
     framed = np.pad(segment.mask, line_width)  # so that the outline closes where the segment meets its box
     inner = ndimage.minimum_filter(framed, size=2 * line_width + 1)[line_width:-line_width, line_width:-line_width]
     outline = segment.mask & ~inner
-    tinted = view[inner] * (1 - FILL_OPACITY) + np.array(color) * FILL_OPACITY
+    tinted = view[inner] * (1 - opacity) + np.array(color) * opacity
     view[inner] = tinted.round().astype(np.uint8)
     view[outline] = color
 

@@ -14,6 +14,7 @@ from proscale_hf.visualization import (
     instance_colors,
     segment_color,
     segment_colors,
+    segments_from_boxes,
     segments_from_label_map,
     segments_from_result,
 )
@@ -47,6 +48,25 @@ def test_panoptic_result():
         ("digit", True, 0.5, (2, 1, 7, 3), 10),
     ]
     assert np.array_equal(segments[0].full_mask(6, 8), (segmentation == 3).numpy())
+
+
+def test_boxes_become_segments_inside_the_image():
+    detections = {
+        "scores": np.array([0.9, 0.4]),
+        "labels": np.array([2, 7]),
+        "boxes": np.array([[1.2, 2.0, 3.9, 4.0], [7.9, 5.9, 8.0, 6.0]]),
+    }
+    segments = segments_from_boxes(detections, NAMES, (6, 8))
+    assert [(s.label, s.label_id, s.score, s.box, s.area) for s in segments] == [
+        ("grass", 2, 0.9, (1, 2, 4, 4), 6),
+        ("class 7", 7, 0.4, (7, 5, 8, 6), 1),
+    ]
+
+
+def test_the_inside_is_as_opaque_as_asked_for():
+    image, segment = Image.new("RGB", (900, 600), "white"), block(100, 100, 800, 500)
+    shades = [draw_segments(image, [segment], {0: (0, 0, 0)}, opacity).getpixel((450, 450)) for opacity in (0.1, 0.5)]
+    assert shades == [(230, 230, 230), (128, 128, 128)]
 
 
 @pytest.mark.parametrize("nothing", [0, -1])

@@ -7,20 +7,21 @@ from proscale_hf.cli.choose import CHOOSE
 from proscale_hf.cli.command_line import OneLineParser, carry_out
 from proscale_hf.cli.convert import CONVERT
 from proscale_hf.cli.cost import COST
+from proscale_hf.cli.detect import DETECT
 from proscale_hf.cli.evaluate import EVALUATE
 from proscale_hf.cli.figure import FIGURE
 from proscale_hf.cli.first_look import FIRST_LOOK
 from proscale_hf.cli.segment import SEGMENT
 
 
-SUBCOMMANDS = (SEGMENT, BENCHMARK, EVALUATE, FIRST_LOOK, FIGURE, CHOOSE, COST, CONVERT)
+SUBCOMMANDS = (SEGMENT, DETECT, BENCHMARK, EVALUATE, FIRST_LOOK, FIGURE, CHOOSE, COST, CONVERT)
 
 
 def build_parser() -> OneLineParser:
     """The command's parser."""
     parser = OneLineParser(
         prog="proscale",
-        description="Panoptic, instance and semantic segmentation with PRO-SCALE.",
+        description="Panoptic, instance and semantic segmentation with PRO-SCALE, and object detection.",
         epilog="`proscale COMMAND --help` says more about each.",
     )
     parser.add_subcommands("COMMAND", SUBCOMMANDS)

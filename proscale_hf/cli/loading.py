@@ -14,14 +14,15 @@ from proscale_hf.cli.console import CommandError, quiet_libraries, user_errors
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
 
 
-def load_model(name: str | None) -> tuple[Any, Any]:
-    """The segmentation model, in evaluation mode, and its image processor.
+def load_model(name: str | None, model_type: str = "proscale_mask2former") -> tuple[Any, Any]:
+    """A model of one family with its heads, in evaluation mode, and its image processor.
 
     Only safetensors are read and no code that comes with a model is run.
 
     Args:
         name: a folder, a Hub id or the short name of a published model; the demo model that ships with the package if
             None.
+        model_type: of the family, by default that of segmentation.
 
     Returns:
         The model and the processor: the torchvision backend where torchvision is installed, else Pillow's.
@@ -33,8 +34,8 @@ def load_model(name: str | None) -> tuple[Any, Any]:
 
     from proscale_hf.files.memory import is_out_of_memory
     from proscale_hf.hub.auto_classes import image_processor_class
-    from proscale_hf.hub.names import resolve
-    from proscale_hf.models.mask2former.modeling_proscale_mask2former import ProScaleMask2FormerForUniversalSegmentation
+    from proscale_hf.hub.families import FAMILIES
+    from proscale_hf.hub.names import resolve, resolved
 
     quiet_libraries()
     source = str(DEMO_MODEL) if name is None else name
@@ -43,17 +44,20 @@ def load_model(name: str | None) -> tuple[Any, Any]:
         _check_folder(Path(source))
     with user_errors(exit_code=2):
         resolve(source)  # says so if this is no short name, but looks like one
-    model_class = ProScaleMask2FormerForUniversalSegmentation
+    model_class = FAMILIES[model_type].task_class
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            with resolved(source) as place:
+                found = model_class.config_class.get_config_dict(place)[0].get("model_type", model_type)
+            if found != model_type:
+                what = "is not a PRO-SCALE model" if found not in FAMILIES else "is a model for another command"
+                raise CommandError(f"{source} {what}: its model_type is {found}")
             config = model_class.config_class.from_pretrained(source)
-            if config.model_type != model_class.config_class.model_type:
-                raise CommandError(f"{source} is not a PRO-SCALE model: its model_type is {config.model_type}")
             model, report = model_class.from_pretrained(
                 source, config=config, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
             )
-            processor = image_processor_class().from_pretrained(source)
+            processor = image_processor_class(model_type).from_pretrained(source)
     except CommandError:
         raise
     except Exception as error:  # damaged files, no network, no such repository: each library has its own types

@@ -37,3 +37,14 @@ def input_size(text: str) -> tuple[int, int]:
     if not (32 <= height <= 8192 and 32 <= width <= 8192):
         raise argparse.ArgumentTypeError(f"{text!r} must have sides of 32 to 8192 pixels")
     return height, width
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1, from the command line."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return number

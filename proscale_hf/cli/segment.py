@@ -48,18 +48,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Segments the photo, and writes the picture, and JSON if asked for."""
-    from proscale_hf.files.whole import check_writable, write_whole
-    from proscale_hf.processing.pictures import check_picture_name, load_image, save_image
+    from proscale_hf.files.whole import write_whole
+    from proscale_hf.processing.pictures import load_image, save_image
     from proscale_hf.visualization import draw_segments
 
-    output = Path(options.output or f"{Path(options.photo).stem}_segmented.png")
-    targets = [output] if options.json is None else [output, Path(options.json)]
-    with user_errors(exit_code=2):
-        check_picture_name(output)
-        for target in targets:
-            check_writable(target)
-    if len({path.resolve() for path in (Path(options.photo), *targets)}) <= len(targets):
-        raise CommandError("PHOTO, --output and --json name the same file; give each its own", exit_code=2)
+    output = checked_output(options, "segmented")
     with user_errors():
         image = load_image(options.photo)
     with progress("loading the model"):
@@ -81,6 +74,37 @@ def run(options: argparse.Namespace) -> None:
     print(f"wrote {output}" + (f" and {options.json}" if options.json else ""))
 
 
+def checked_output(options: argparse.Namespace, suffix: str) -> Path:
+    """The picture to write, PHOTO_SUFFIX.png by default; raises `CommandError` if it or --json cannot be written."""
+    from proscale_hf.files.whole import check_writable
+    from proscale_hf.processing.pictures import check_picture_name
+
+    output = Path(options.output or f"{Path(options.photo).stem}_{suffix}.png")
+    targets = [output] if options.json is None else [output, Path(options.json)]
+    with user_errors(exit_code=2):
+        check_picture_name(output)
+        for target in targets:
+            check_writable(target)
+    if len({path.resolve() for path in (Path(options.photo), *targets)}) <= len(targets):
+        raise CommandError("PHOTO, --output and --json name the same file; give each its own", exit_code=2)
+    return output
+
+
+def run_model(image: Any, model: Any, processor: Any) -> Any:
+    """The model's outputs for one PIL image; raises `CommandError` if memory does not suffice."""
+    import torch
+
+    from proscale_hf.files.text import one_line
+
+    try:
+        inputs = processor(images=[image], return_tensors="pt").to(model.device)
+        with torch.inference_mode():
+            return model(**inputs)
+    except (RuntimeError, MemoryError) as error:  # torch says so when memory does not suffice
+        size = f"{image.width} x {image.height}"
+        raise CommandError(f"the model failed on this {size} image: {one_line(error)[:200]}") from error
+
+
 def segment_image(image: Any, model: Any, processor: Any, task: str, top_k: int | None = None) -> list[Any]:
     """Runs the model on one image.
 
@@ -94,19 +118,10 @@ def segment_image(image: Any, model: Any, processor: Any, task: str, top_k: int 
     Returns:
         The segments found, as `visualization.Segment`.
     """
-    import torch
-
-    from proscale_hf.files.text import one_line
     from proscale_hf.processing.postprocessing import COCO_DETECTIONS
     from proscale_hf.visualization import segments_from_label_map, segments_from_result
 
-    try:
-        inputs = processor(images=[image], return_tensors="pt").to(model.device)
-        with torch.inference_mode():
-            outputs = model(**inputs)
-    except (RuntimeError, MemoryError) as error:  # torch says so when memory does not suffice
-        size = f"{image.width} x {image.height}"
-        raise CommandError(f"the model failed on this {size} image: {one_line(error)[:200]}") from error
+    outputs = run_model(image, model, processor)
     sizes = {"target_sizes": [(image.height, image.width)]}
     names, stuff = model.config.id2label, set(model.config.stuff_label_ids(processor.label_ids_to_fuse))
     if task == "semantic":

@@ -41,6 +41,11 @@ class Family:
         """The model that an Auto class such as "AutoModel" stands for."""
         return self.load("modeling", self.config_class.auto_classes[auto_class])
 
+    @property
+    def task_class(self) -> type:
+        """The model with its heads, for the family's first task."""
+        return self.model_class(next(name for name in self.config_class.auto_classes if name != "AutoModel"))
+
     def is_preset(self, name: str) -> bool:
         """Whether the configuration's `from_preset` knows a name."""
         return name in importlib.import_module(f"proscale_hf.models.{self.folder}.presets").NAMES
