@@ -19,6 +19,10 @@ from proscale_hf.hub.families import FAMILIES, Family
 
 
 AUTO_MODULES = "transformers.models.auto"
+NAMES_FOR_PIPELINES = {  # where pipelines look names up; they warn about those that are missing
+    "AutoModelForUniversalSegmentation": "MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES",
+    "AutoModelForObjectDetection": "MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES",
+}
 
 
 def register_with_auto_classes() -> None:
@@ -48,17 +52,15 @@ def bring_configuration(family: Family) -> None:
 
 
 def register_models(family: Family, auto_module: ModuleType) -> None:
-    """Let the Auto classes and pipelines for segmentation find the models."""
+    """Let the Auto classes and pipelines find the models."""
     config_class = family.config_class
     for auto_class, name in config_class.auto_classes.items():
         mapping = getattr(auto_module, auto_class)._model_mapping
         if not isinstance(mapping._extra_content, ClassesLoadedWhenRead):
             mapping._extra_content = ClassesLoadedWhenRead(mapping._extra_content)
         mapping.register(config_class, ClassToLoad(family, name), exist_ok=True)
-    # pipelines look names up here, and warn about those that are missing
-    segmenter = config_class.auto_classes.get("AutoModelForUniversalSegmentation")
-    if segmenter is not None:
-        auto_module.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES[family.model_type] = segmenter
+        if auto_class in NAMES_FOR_PIPELINES:
+            getattr(auto_module, NAMES_FOR_PIPELINES[auto_class])[family.model_type] = name
 
 
 def register_image_processors(family: Family, auto_module: ModuleType) -> None:

@@ -1,5 +1,7 @@
 """The detection models' image processors, from pictures and annotations to labels, and from outputs to boxes."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -58,7 +60,8 @@ def test_results_are_read_by_position_and_from_mappings():
         processor.post_process_object_detection({"logits": outputs["logits"]})
 
 
-def test_pipeline(tmp_path):
+def test_pipeline(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     tiny_detector(id2label={0: "cat", 1: "dog", 2: "cow", 3: "hen"}).save_pretrained(tmp_path)
     ProScaleDinoImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(tmp_path)
     assert type(AutoImageProcessor.from_pretrained(tmp_path)) is ProScaleDinoImageProcessor
@@ -71,3 +74,4 @@ def test_pipeline(tmp_path):
             assert detection["label"] in {"cat", "dog", "cow", "hen"}
             assert 0 <= box["xmin"] <= box["xmax"] <= image.width and 0 <= box["ymin"] <= box["ymax"] <= image.height
     assert detector(images(), threshold=0.0) == alone
+    assert "is not supported" not in caplog.text
