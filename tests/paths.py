@@ -1,5 +1,6 @@
-"""Where things lie."""
+"""Where things lie. Whoever imports this can import the examples."""
 
+import sys
 from pathlib import Path
 
 
@@ -7,3 +8,4 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 FIXTURES = TESTS / "fixtures"
 EXAMPLES = ROOT / "examples"
+sys.path.append(str(EXAMPLES))  # last: `examples/evaluate.py` must not hide the library of that name

@@ -13,9 +13,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import paths
 from demo_scenes import DemoScenes, write_scenes
-from paths import EXAMPLES, ROOT
 
+
+EXAMPLES, ROOT = paths.EXAMPLES, paths.ROOT
 
 TINY = {
     "base": str(EXAMPLES / "configs" / "demo_scenes.yaml"),
