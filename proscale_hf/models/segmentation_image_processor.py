@@ -16,6 +16,7 @@ from proscale_hf.processing.batch_sizes import batch_sizes
 from proscale_hf.processing.labels import Annotations, LabelRules, make_labels
 from proscale_hf.processing.postprocessing import instance_segmentation, panoptic_segmentation, semantic_segmentation
 from proscale_hf.processing.run_length import coco_mask, encode_mask
+from proscale_hf.processing.settings import check_settings
 from proscale_hf.processing.sizes import ImageSizes, Size
 
 
@@ -231,6 +232,7 @@ class SegmentationImageProcessorMixin(ImageProcessorMixin):
             raise ValueError("choose one of `return_coco_annotation` and `return_binary_maps`, not both")
         if return_coco_annotation and coco_mask is None:
             raise ImportError("`return_coco_annotation` needs pycocotools: pip install pycocotools")
+        check_settings({"top_k": top_k})
         facts = _facts(outputs, target_sizes, padded_size, image_sizes)
         num_labels = facts["class_queries_logits"].shape[-1] - 1
         predictions = instance_segmentation(

@@ -94,4 +94,5 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "ignore_index": (_is_whole(-LARGEST_NUMBER, LARGEST_NUMBER), "a whole number"),
     "num_labels": (_is_whole(1, LARGEST_NUMBER), "a whole number of at least 1"),
     "label_ids_to_fuse": (_is_set_of_ids, "a list of label ids"),
+    "top_k": (_is_whole(1, LARGEST_NUMBER), "a whole number of at least 1"),
 }

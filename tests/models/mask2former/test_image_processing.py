@@ -665,6 +665,14 @@ def test_as_many_instances_as_the_model_has_queries(backend, default):
         assert len(result["segments_info"]) == min(150, top_k or default or 150)
 
 
+@pytest.mark.parametrize("top_k", [0, -1, 2.5, "all"])
+def test_an_impossible_number_of_instances_is_refused(backend, top_k):
+    with pytest.raises(ValueError, match="`top_k` must be a whole number of at least 1"):
+        backend().post_process_instance_segmentation(outputs_of(batch=1), top_k=top_k)
+    with pytest.raises(ValueError, match="`top_k` must be a whole number of at least 1"):
+        backend(top_k=top_k)
+
+
 def test_stuff_is_what_the_model_says(backend, recwarn):
     """The image processor's list may be that of another model."""
     outputs = dict(outputs_of(queries=4, batch=1))
