@@ -24,9 +24,9 @@ NOTES = (
 COLUMNS = {
     "total_gflops": "total",
     "backbone_gflops": "backbone",
+    "projections_gflops": "projections",
     "encoder_gflops": "encoder",
     "mask_decoder_gflops": "mask decoder",
-    "projections_gflops": "projections",
     "query_selection_gflops": "query selection",
     "decoder_gflops": "decoder",
     "post_processing_gflops": "post-processing",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import tiny_config
+from helpers import tiny_config, tiny_detection_config
 from paths import ROOT
 from proscale_hf import ProScaleMask2FormerConfig
 from proscale_hf.cli import main
@@ -48,6 +48,17 @@ def test_table(capsys):
     assert f"| 128 x 128 | {cost.total_gflops:.2f} | {cost.backbone_gflops:.2f} |" in output
     assert f"{cost.parameters_millions:.2f} M parameters" in output
     assert "multiply-adds" in output
+
+
+def test_detection_has_stages_of_its_own(capsys, tmp_path):
+    tiny_detection_config().save_pretrained(tmp_path)
+    for source in (["--preset", "dino-r50-coco"], ["--model", str(tmp_path)]):
+        assert main(["cost", *source, "--size", "64x96"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        [titles] = [line.split(" | ") for line in lines if line.startswith("| size")]
+        assert titles[1:7] == ["total", "backbone", "projections", "encoder", "query selection", "decoder"]
+        [numbers] = [line.strip("| ").split(" | ") for line in lines if line.startswith("| 64 x 96")]
+        assert sum(map(float, numbers[2:7])) == pytest.approx(float(numbers[1]), abs=0.03)
 
 
 def test_config_file(capsys, tmp_path):
