@@ -21,8 +21,7 @@ class LeanSwinMLP(SwinMLP):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, channels) -> the same."""
         is_gelu = type(self.activation_fn) is GELUActivation and self.activation_fn.act is nn.functional.gelu
-        is_followed = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if is_followed or not (torch.is_grad_enabled() and is_gelu and is_untouched(self)):
+        if not (torch.is_grad_enabled() and is_gelu and is_untouched(self)):
             return super().forward(hidden_states)
         expanded = self.fc1(hidden_states)
         output = LinearOfGelu.apply(expanded.flatten(0, -2), self.fc2.weight, self.fc2.bias)

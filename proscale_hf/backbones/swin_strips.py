@@ -22,8 +22,6 @@ def goes_in_strips(module: nn.Module, tokens: torch.Tensor) -> bool:
         tokens.device.type == "cpu"
         and not module.training
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
         and is_untouched(module)
     )
 

@@ -6,6 +6,7 @@ hook that brings offloaded weights, an adapter in a module's place, a parametris
 are built, and a fast path is for modules that are still what they were.
 """
 
+import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -21,7 +22,12 @@ def mark_as_built(module: nn.Module) -> None:
 
 
 def is_untouched(*modules: nn.Module) -> bool:
-    """Whether these modules and all in them are as built: of the same class, without hooks, and with their weights."""
+    """Whether these modules and all in them are as built: of the same class, without hooks, and with their weights.
+
+    A graph that is being compiled or traced takes no fast path; so there nothing is.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
     return not _has_any_global_hook() and all(map(_is_as_built, (part for m in modules for part in m.modules())))
 
 
