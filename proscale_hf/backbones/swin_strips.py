@@ -18,12 +18,7 @@ NOT_ATTENDED = -100.0  # added to the logits of tokens that do not belong togeth
 
 def goes_in_strips(module: nn.Module, tokens: torch.Tensor) -> bool:
     """Whether this is inference on the CPU, neither compiled nor traced, and no part of the module was touched."""
-    return (
-        tokens.device.type == "cpu"
-        and not module.training
-        and not torch.is_grad_enabled()
-        and is_untouched(module)
-    )
+    return tokens.device.type == "cpu" and not module.training and not torch.is_grad_enabled() and is_untouched(module)
 
 
 class SwinLayerInStrips(SwinLayer):
