@@ -11,6 +11,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error, of Python, the system, numpy, PyTorch or a GPU's library, means that memory did not suffice."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
-    )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which is not imported
+        return True
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
