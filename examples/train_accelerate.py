@@ -11,6 +11,7 @@ What a recipe says can be changed behind the options, as `section.key=value`.
 """
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -24,7 +25,6 @@ if __name__ == "__main__":
 
 try:
     import torch
-    from accelerate import PartialState
     from accelerate.utils import send_to_device
     from tqdm import tqdm
 
@@ -159,7 +159,8 @@ def train_and_save(arguments: argparse.Namespace) -> None:
     repository, recipe = arguments.push_to_hub, load_recipe(arguments.config, arguments.overrides)
     if repository:
         check_repo_id(repository)
-    with folder_in_use(arguments.output_dir, PartialState().is_main_process):
+    is_main = os.environ.get("RANK", "0") == "0"  # as the launcher says; accelerate itself knows it later
+    with folder_in_use(arguments.output_dir, is_main):
         run = prepare(recipe, arguments.output_dir, arguments.resume, arguments.report_to)
         accelerator, model = run.accelerator, run.accelerator.unwrap_model(run.model)
         if repository:
