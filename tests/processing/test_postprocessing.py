@@ -422,7 +422,7 @@ call = {
         classes, masks, **sizes, label_ids_to_fuse=range(80, 133), overlap_threshold=0.0),
     "semantic": lambda **sizes: semantic_segmentation(classes, masks, **sizes),
     "instance": lambda **sizes: [run_lengths(mask.numpy().view("u1")) for image in instance_segmentation(
-        classes, masks, **sizes, thing_label_ids=range(133)) for mask in image["masks"]],
+        classes, masks, **sizes, thing_label_ids=range(25)) for mask in image["masks"]],
 }[sys.argv[1]]
 sizes = {"padded_size": (768, 1344), "image_sizes": [(750, 1333)]}
 call(**sizes, target_sizes=[(20, 30)])
