@@ -211,4 +211,5 @@ def check_gradient(model, source, expected):
         assert not expected[len(gradient) :].any()
         expected = expected[: len(gradient)]
     [flipped] = coarse_to_fine({source: expected}, config.num_feature_levels, config.num_attention_heads).values()
-    assert difference(gradient, flipped) < TOLERANCE * max(1, expected.abs().max().item()), source
+    # as vectors: a ReLU's input that is nearly 0 may have the other sign in another version of PyTorch
+    assert (gradient - flipped).norm() < TOLERANCE * max(1, expected.norm().item()), source
