@@ -12,7 +12,7 @@ from proscale_hf import ProScaleDinoConfig, ProScaleMask2FormerConfig
 from proscale_hf.backbones.presets import SWIN_TINY
 from proscale_hf.cost import measure_cost
 from proscale_hf.encoders.choice import ENCODER_CLASSES
-from proscale_hf.models.mask2former.cost import _measure
+from proscale_hf.models.mask2former.cost import measure_cost as measure_segmenter
 
 
 RESNET50 = {
@@ -128,7 +128,7 @@ def test_the_kernel_in_use_makes_no_difference(monkeypatch):
         raise AssertionError("a compiled kernel cannot run without data")
 
     monkeypatch.setattr(ms_deform_attn.MultiScaleDeformableAttention, "forward", compiled)
-    _measure.cache_clear()
+    measure_segmenter.cached.cache_clear()
     assert measure_cost(tiny_config(), 64, 96) == expected
 
 
@@ -175,9 +175,9 @@ def test_measuring_leaves_everything_as_it_was():
     measure_cost(model, 64, 96)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.config.to_dict() == config and model.training and next(model.parameters()).requires_grad
-    hits = _measure.cache_info().hits
+    hits = measure_segmenter.cached.cache_info().hits
     measure_cost(model, 64, 96)
-    assert _measure.cache_info().hits == hits + 1
+    assert measure_segmenter.cached.cache_info().hits == hits + 1
 
 
 @pytest.mark.parametrize("size", [(0, 64), (64, -1)])

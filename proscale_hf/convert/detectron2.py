@@ -21,7 +21,7 @@ from proscale_hf.convert.detectron2_config import (
     reads_bgr,
 )
 from proscale_hf.convert.model_building import build_model, expected_tensors, to_float32
-from proscale_hf.convert.options import add_output_options, given_categories
+from proscale_hf.convert.options import add_comparison_options, add_output_options, given_categories
 from proscale_hf.convert.output import check_output, check_shard_size, write_model_folder
 from proscale_hf.convert.publishing import add_publishing_options, check_publishing, publish
 from proscale_hf.convert.rename import IMAGE_CONVOLUTION, rename_state_dict
@@ -114,15 +114,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify", type=Path, metavar="IMAGE", help="run the converted model on a picture and print what it found"
     )
-    parser.add_argument(
-        "--expected",
-        type=Path,
-        metavar="FILE.safetensors",
-        help="compare stage by stage with tensors recorded from the original, and fail if they depart",
-    )
-    parser.add_argument(
-        "--tolerance", type=float, default=1e-4, help="largest error for --expected, relative (default: %(default)s)"
-    )
+    add_comparison_options(parser)
     add_publishing_options(parser)
 
 

@@ -15,7 +15,7 @@ from proscale_hf.convert.dino_config import model_settings, read_settings
 from proscale_hf.convert.dino_names import rename_state_dict
 from proscale_hf.convert.dino_verification import compare_with_recorded
 from proscale_hf.convert.model_building import build_model, expected_tensors, to_float32
-from proscale_hf.convert.options import add_output_options, given_categories
+from proscale_hf.convert.options import add_comparison_options, add_output_options, given_categories
 from proscale_hf.convert.output import check_output, check_shard_size, write_model_folder
 from proscale_hf.convert.publishing import add_publishing_options, check_publishing, publish
 from proscale_hf.convert.rename import without_wrapper
@@ -95,15 +95,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--config", type=Path, help="the .py or .json file it was trained with; by default, what the checkpoint says"
     )
     add_output_options(parser)
-    parser.add_argument(
-        "--expected",
-        type=Path,
-        metavar="FILE.safetensors",
-        help="compare stage by stage with tensors recorded from the original, and fail if they depart",
-    )
-    parser.add_argument(
-        "--tolerance", type=float, default=1e-4, help="largest error for --expected (default: %(default)s)"
-    )
+    add_comparison_options(parser)
     add_publishing_options(parser)
 
 

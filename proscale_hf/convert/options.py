@@ -23,6 +23,19 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_comparison_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options about numbers that the original gave."""
+    parser.add_argument(
+        "--expected",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="compare stage by stage with tensors recorded from the original, and fail if they depart",
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, help="largest error for --expected (default: %(default)s)"
+    )
+
+
 def given_categories(options: argparse.Namespace) -> list[dict[str, Any]] | None:
     """The categories in the file of `--labels`; raises `ConversionError` if it has none."""
     try:

@@ -5,6 +5,8 @@ sampling count by estimates, the rest counts nothing. The same is done here on t
 takes no memory, and does not depend on the attention kernels in use.
 """
 
+import functools
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +84,27 @@ class Cost:
             "mask decoder": self.mask_decoder_gflops,
             "post-processing": self.post_processing_gflops,
         }
+
+
+def remembered(count_config: Callable[[type[PreTrainedModel], PreTrainedConfig, int, int], Any]) -> Callable:
+    """
+    Lets a family's `measure_cost` refuse impossible sizes, and remember what it found for equal configurations.
+
+    Args:
+        count_config: takes the model's class, a configuration of its own to change, height and width in pixels.
+    """
+
+    @functools.lru_cache(maxsize=256)
+    def cached(model_class: type, config_class: type, config_json: str, height: int, width: int) -> Any:
+        return count_config(model_class, config_class.from_dict(json.loads(config_json)), height, width)
+
+    @functools.wraps(count_config)
+    def measure(model_class: type[PreTrainedModel], config: PreTrainedConfig, height: int, width: int) -> Any:
+        check_size(height, width)
+        return cached(model_class, type(config), config.to_json_string(), height, width)
+
+    measure.cached = cached
+    return measure
 
 
 def check_size(height: int, width: int) -> None:

@@ -9,7 +9,7 @@ normalise; pad with zeros at the right and the bottom to the largest image of th
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +273,11 @@ class TorchvisionPixels(TorchvisionBackend):
                 picture, do_rescale, rescale_factor, do_normalize, image_mean, image_std
             )
         return batch
+
+
+def output_field(outputs: Any, name: str) -> Any:
+    """A field of a model's outputs, which may be an object or a mapping; None if it is not there."""
+    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
 
 
 def _flat_list(images: Any) -> list:

@@ -11,7 +11,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
 
 from proscale_hf.files.text import few
-from proscale_hf.models.image_processor import ImageProcessorMixin, PaddedImagesKwargs
+from proscale_hf.models.image_processor import ImageProcessorMixin, PaddedImagesKwargs, output_field
 from proscale_hf.processing.batch_sizes import batch_sizes
 from proscale_hf.processing.labels import Annotations, LabelRules, make_labels
 from proscale_hf.processing.postprocessing import instance_segmentation, panoptic_segmentation, semantic_segmentation
@@ -280,9 +280,9 @@ class SegmentationImageProcessorMixin(ImageProcessorMixin):
         """The stuff labels: as the caller says, else as the model says, else as this processor says."""
         if label_ids_to_fuse is not None:
             return set(label_ids_to_fuse)
-        own, flags = set(self.label_ids_to_fuse), _field(outputs, "stuff_labels")
+        own, flags = set(self.label_ids_to_fuse), output_field(outputs, "stuff_labels")
         if flags is None:
-            if own and _field(outputs, "padded_sizes") is None:  # not a model's outputs: whose labels are they?
+            if own and output_field(outputs, "padded_sizes") is None:  # not a model's outputs: whose labels are they?
                 warnings.warn(
                     f"the outputs do not say which labels are stuff, so `label_ids_to_fuse` of the image processor is "
                     f"taken: {few(own)}; it holds for the labels of the model that it was saved with",
@@ -306,19 +306,15 @@ def _facts(outputs: Any, target_sizes: Any, padded_size: Any, image_sizes: Any) 
     sizes = batch_sizes(
         len(masks),
         tuple(masks.shape[-2:]),
-        padded_sizes=_field(outputs, "padded_sizes") if padded_size is None else padded_size,
-        image_sizes=_field(outputs, "image_sizes") if image_sizes is None else image_sizes,
+        padded_sizes=output_field(outputs, "padded_sizes") if padded_size is None else padded_size,
+        image_sizes=output_field(outputs, "image_sizes") if image_sizes is None else image_sizes,
         target_sizes=target_sizes,
     )
     return {"class_queries_logits": classes, "masks_queries_logits": masks, **sizes}
 
 
-def _field(outputs: Any, name: str) -> Any:
-    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
-
-
 def _logits(outputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    logits = _field(outputs, "class_queries_logits"), _field(outputs, "masks_queries_logits")
+    logits = output_field(outputs, "class_queries_logits"), output_field(outputs, "masks_queries_logits")
     if logits[0] is None or logits[1] is None:
         raise ValueError("the outputs need `class_queries_logits` and `masks_queries_logits`")
     return torch.as_tensor(logits[0]), torch.as_tensor(logits[1])

@@ -444,3 +444,32 @@ def test_memory_at_4k_is_bounded(task, limit):
     )
     unit = 1 if sys.platform == "darwin" else 1024
     assert int(process.stdout) * unit < limit
+
+
+OVERLAY = """
+import resource, torch
+from PIL import Image
+from proscale_hf.processing.postprocessing import panoptic_segmentation
+from proscale_hf.visualization import draw_segments, segments_from_result
+classes = torch.full((1, 4, 5), -10.0)
+classes[0, range(4), range(4)] = 10
+masks = torch.full((1, 4, 64, 64), -10.0)
+for i in range(4):
+    masks[0, i, 16 * i : 16 * (i + 1)] = 10
+sizes = {"padded_size": (256, 256), "image_sizes": [(256, 256)]}
+def draw(side):
+    image = Image.new("RGB", (side, side))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    [result] = panoptic_segmentation(classes, masks, **sizes, target_sizes=[(side, side)], label_ids_to_fuse=[])
+    draw_segments(image, segments_from_result(result, dict(enumerate("abcd"))))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+draw(64)
+print(draw(7000))
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_a_large_map_and_its_overlay_is_what_the_guide_says():
+    process = subprocess.run([sys.executable, "-c", OVERLAY], capture_output=True, text=True, check=True, cwd=ROOT)
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert int(process.stdout) * unit < 4 * 7000**2 + 6e8

@@ -1,7 +1,5 @@
 """What one image costs a detection model, stage by stage, as fvcore counts the original DINO."""
 
-import functools
-import json
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from proscale_hf.layers.deformable_encoder import TokenGrid, maps_to_tokens
-from proscale_hf.models.counting import ACTIVATIONS, OPERATION_COSTS, check_size, count, shapes_only
+from proscale_hf.models.counting import ACTIVATIONS, OPERATION_COSTS, count, remembered, shapes_only
 from proscale_hf.models.dino.configuration_proscale_dino import ProScaleDinoConfig
 
 
@@ -57,6 +55,7 @@ class DetectionCost:
         }
 
 
+@remembered
 def measure_cost(
     detector_class: type[PreTrainedModel], config: ProScaleDinoConfig, height: int, width: int
 ) -> DetectionCost:
@@ -72,19 +71,6 @@ def measure_cost(
     Raises:
         ValueError: `height` or `width` is not at least 1.
     """
-    check_size(height, width)
-    return _measure(detector_class, type(config), config.to_json_string(), height, width)
-
-
-@functools.lru_cache(maxsize=256)
-def _measure(
-    detector_class: type[PreTrainedModel],
-    config_class: type[ProScaleDinoConfig],
-    config_json: str,
-    height: int,
-    width: int,
-) -> DetectionCost:
-    config = config_class.from_dict(json.loads(config_json))
     detector, sampling = shapes_only(detector_class, config)
     model = detector.model
     pixels = model.pixel_encoder

@@ -1,6 +1,5 @@
 """Image processors of PRO-SCALE DINO: one that works on tensors, on the CPU or a GPU, and one with Pillow."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,13 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import Unpack
 
 from proscale_hf.models.dino.configuration_proscale_dino import ProScaleDinoConfig
-from proscale_hf.models.image_processor import ImageProcessorMixin, PaddedImagesKwargs, PillowPixels, TorchvisionPixels
+from proscale_hf.models.image_processor import (
+    ImageProcessorMixin,
+    PaddedImagesKwargs,
+    PillowPixels,
+    TorchvisionPixels,
+    output_field,
+)
 from proscale_hf.processing.detection import best_detections, detection_labels
 from proscale_hf.processing.sizes import ImageSizes, as_sizes, resized_size_in_detr
 
@@ -84,10 +89,7 @@ class ProScaleDinoImageProcessorMixin(ImageProcessorMixin):
         Raises:
             `ValueError`: logits or boxes are missing, or there are sizes for another number of images.
         """
-        logits, boxes = (
-            outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
-            for name in ("logits", "pred_boxes")
-        )
+        logits, boxes = output_field(outputs, "logits"), output_field(outputs, "pred_boxes")
         if logits is None or boxes is None:
             raise ValueError("the outputs need `logits` and `pred_boxes`")
         logits, boxes = torch.as_tensor(logits), torch.as_tensor(boxes)

@@ -1,17 +1,15 @@
 """What one image costs a segmentation model, stage by stage, as the papers' tables have it."""
 
-import functools
-import json
-
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from proscale_hf.models.counting import ACTIVATIONS, BILINEAR, Cost, check_size, count, shapes_only
+from proscale_hf.models.counting import ACTIVATIONS, BILINEAR, Cost, count, remembered, shapes_only
 from proscale_hf.models.mask2former.configuration_proscale_mask2former import ProScaleMask2FormerConfig
 from proscale_hf.models.mask2former.mask_decoder import predict_masks
 
 
+@remembered
 def measure_cost(
     segmenter_class: type[PreTrainedModel], config: ProScaleMask2FormerConfig, height: int, width: int
 ) -> Cost:
@@ -27,19 +25,6 @@ def measure_cost(
     Raises:
         ValueError: `height` or `width` is not at least 1.
     """
-    check_size(height, width)
-    return _measure(segmenter_class, type(config), config.to_json_string(), height, width)
-
-
-@functools.lru_cache(maxsize=256)
-def _measure(
-    segmenter_class: type[PreTrainedModel],
-    config_class: type[ProScaleMask2FormerConfig],
-    config_json: str,
-    height: int,
-    width: int,
-) -> Cost:
-    config = config_class.from_dict(json.loads(config_json))
     segmenter, sampling = shapes_only(segmenter_class, config)
     model = segmenter.model
     stride = config.feature_strides[-1]
